@@ -1,0 +1,87 @@
+"""Names in a config become parts: the one place that knows both."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ldm_jax import config as config_lib
+from ldm_jax.conditioners.compose import Compose
+from ldm_jax.conditioners.label import LabelEmbedder
+from ldm_jax.denoisers.unet import UNet
+from ldm_jax.diffusion.objective import Objective, make_objective
+from ldm_jax.diffusion.schedule import Schedule, make_schedule
+from ldm_jax.first_stage.identity import Identity
+from ldm_jax.first_stage.kl import AutoencoderKL
+from ldm_jax.first_stage.vq import VQModel
+
+
+def build_first_stage(config: ConfigDict) -> nn.Module:
+    """Returns the module that maps images to latents and back."""
+    c = config.first_stage
+    if c.kind == "identity":
+        return Identity()
+    shared = dict(
+        width=c.width,
+        mult=tuple(c.mult),
+        depth=c.depth,
+        attn_downsample=tuple(c.attn_downsample),
+        mid_attn=c.mid_attn,
+        z_channels=c.z_channels,
+        channels=c.channels,
+        dropout=c.dropout,
+        dtype=jnp.dtype(c.train.dtype),
+    )
+    return VQModel(codes=c.codes, **shared) if c.kind == "vq" else AutoencoderKL(**shared)
+
+
+def build_denoiser(config: ConfigDict) -> nn.Module:
+    """Returns the network (x_t, t, condition) -> raw output of the shape of x_t."""
+    c = config.denoiser
+    return UNet(
+        width=c.width,
+        out_channels=config_lib.latent_channels(config),
+        mult=tuple(c.mult),
+        depth=c.depth,
+        attn_downsample=tuple(c.attn_downsample),
+        num_heads=c.num_heads,
+        head_dim=0 if c.num_heads else c.head_dim,
+        cross_attention=c.cross_attention,
+        transformer_depth=c.transformer_depth,
+        scale_shift=c.scale_shift,
+        resblock_resample=c.resblock_resample,
+        dropout=c.dropout,
+        dtype=jnp.dtype(config.train.dtype),
+        remat=c.remat,
+    )
+
+
+def build_conditioner(config: ConfigDict) -> nn.Module:
+    """Returns the module batch -> Condition; without conditioners, the empty Condition."""
+    blocks = {
+        "label": lambda: LabelEmbedder(
+            num_classes=config.label.num_classes,
+            width=config.label.width,
+            slot=config.label.slot,
+            null_label=config.label.null,
+        )
+    }
+    return Compose(parts=tuple(blocks[name]() for name in config.conditioners))
+
+
+def has_null(config: ConfigDict) -> bool:
+    """Tells whether the conditioner has a null condition, so that guidance is possible."""
+    return bool(config.conditioners) and ("label" not in config.conditioners or config.label.null)
+
+
+def build_schedule(config: ConfigDict) -> Schedule:
+    """Returns the noise schedule."""
+    c = config.diffusion
+    return make_schedule(c.schedule, tuple(c.beta), c.steps)
+
+
+def build_objective(config: ConfigDict) -> Objective:
+    """Returns the training objective of the denoiser."""
+    c = config.diffusion
+    return make_objective(build_schedule(config), predict=c.predict, loss=c.loss)

@@ -1,0 +1,94 @@
+"""What the command lines share: one clear line for bad input, and the exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ldm_jax import config as config_lib
+from ldm_jax.errors import UserError
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_PREEMPTED = 0, 1, 75
+
+flags.DEFINE_bool("debug", False, "Show the traceback of an error.", allow_override=True)
+
+
+def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
+    """Parses flags, runs `main` and exits.
+
+    Exit codes: 0 done; 1 wrong input, said in one line on stderr; 75 stopped on request and
+    resumable by the same command.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    debug = any(arg in ("--debug", "-debug", "--debug=true") for arg in argv)
+    from ldm_jax.training.interrupt import (
+        Interrupted,  # imports jax, which --help need not wait for
+    )
+
+    try:
+        if "--help" in argv or "-h" in argv:
+            print(_help(main))
+            raise SystemExit(EXIT_OK)
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
+        code = main() or EXIT_OK
+    except Interrupted as stop:
+        print(stop, flush=True)
+        code = EXIT_PREEMPTED
+    except (UserError, flags.Error, AttributeError, KeyError, TypeError) as error:
+        # Of these, only UserError and flags.Error are the user's; the config flags raise the others
+        # too, while they parse, and a bug of ours must keep its traceback.
+        known = isinstance(error, (UserError, flags.Error)) or not flags.FLAGS.is_parsed()
+        if debug or not known:
+            traceback.print_exc()
+        if known:
+            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        code = EXIT_USER_ERROR
+    sys.exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) if not isinstance(error, KeyError) else str(error.args[0])
+    if isinstance(error, UserError):
+        return text
+    return " ".join(text.replace('\\"', '"').split())
+
+
+def _help(main: Callable[[], int | None]) -> str:
+    module = sys.modules[main.__module__]
+    own = flags.FLAGS.module_help(module)
+    return f"{(module.__doc__ or '').strip()}\n\n{own}"
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines --config=FILE.py[:smoke] with --config.a.b=value overrides."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file, e.g. configs/quickstart.py or configs/quickstart.py:smoke."
+    )
+
+
+def read_config(flag: flags.FlagHolder) -> ConfigDict:
+    """Returns the checked config that the command line asks for, with its `name` set.
+
+    Raises:
+        UserError: no file given, no such file, or a config that cannot work.
+    """
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not path:
+        raise UserError("no config given: use --config=configs/quickstart.py")
+    file, _, arg = path.partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"no config file {file}")
+    value = flag.value
+    if not isinstance(value, ConfigDict):
+        raise UserError(f"{file} gave no config: its get_config(arg) must return a ConfigDict")
+    name = os.path.splitext(os.path.basename(file))[0] + (f"-{arg}" if arg else "")
+    if not value.get("name", ""):
+        value.name = name
+    return config_lib.check(value)

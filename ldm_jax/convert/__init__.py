@@ -1,0 +1,1 @@
+"""Translation between the weights of other code bases and ours: pure functions on NumPy arrays."""

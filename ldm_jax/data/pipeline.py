@@ -1,0 +1,221 @@
+"""From a source to batches, in an order that is a function of (seed, step) alone.
+
+The examples of all epochs form one endless sequence of positions 0, 1, 2, ...; step k of a run
+takes the positions k * batch_size to (k + 1) * batch_size. The example at a position follows from
+the seed and the epoch, and its crop and flip from the seed and the position. So the step is the
+whole state of the data: a resumed run, or one on another number of hosts, sees the same batches.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from ldm_jax.data.order import epoch_order, uniforms_at
+from ldm_jax.data.sources import Source
+from ldm_jax.data.transforms import UNIFORMS, Draw, Transform
+from ldm_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches:
+    """An endless iterable of training batches.
+
+    A batch holds the arrays of `transform`, such as 'image' (b, R, R, 3) uint8, then 'index' (b,)
+    int32, the places in the source, and each of `fields` (b, ...), where numbers are int32 or
+    float32. With p processes b is batch_size / p: each process gets its contiguous part of the
+    global batch.
+
+    Args:
+        source: where the examples come from.
+        transform: what is done to each.
+        batch_size: size of the global batch; the source may be smaller.
+        seed: of order, crops and flips; not negative.
+        start_step: the first step to yield.
+        fields: metadata columns to add, such as 'label'.
+        threads: batches in the making at a time; 0 makes each when it is asked for.
+        prefetch: finished batches that may wait, beyond those in the making.
+        process_index: this process.
+        process_count: number of processes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        fields: Sequence[str] = (),
+        threads: int = 4,
+        prefetch: int = 2,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        check_fields(source, fields)
+        self._source = source
+        self._transform = transform
+        self._seed = seed
+        self._start_step = start_step
+        self._fields = tuple(fields)
+        self._threads = threads
+        self._prefetch = prefetch
+        self._batch_size = batch_size
+        self._part = _part(batch_size, process_index, process_count)
+
+    def batch(self, step: int) -> Batch:
+        """Makes the batch of a step, the same whenever and wherever it is called."""
+        first = step * self._batch_size + self._part.start
+        indices = []
+        for position in range(first, first + len(self._part)):
+            epoch, place = divmod(position, len(self._source))
+            indices.append(int(epoch_order(self._seed, epoch, len(self._source))[place]))
+        uniforms = uniforms_at(self._seed, first, len(self._part), UNIFORMS)
+        draws = [self._transform.draw(row) for row in uniforms]
+        return _make_batch(self._source, self._transform, indices, draws, self._fields)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _iterate(
+            self.batch, range(self._start_step, sys.maxsize), self._threads, self._prefetch
+        )
+
+
+def epoch_batches(
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    *,
+    flip: bool = False,
+    fields: Sequence[str] = (),
+    threads: int = 4,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """One pass over the source, in order and without augmentation: centred crops, all of them
+    mirrored if `flip`.
+
+    Batches are those of `Batches` and 'valid' (b,) bool. All have the same size: the last one is
+    filled up with copies of the last example, where 'valid' is False.
+    """
+    check_fields(source, fields)
+    part = _part(batch_size, process_index, process_count)
+
+    def make(step: int) -> Batch:
+        indices = np.arange(part.start, part.stop) + step * batch_size
+        valid = indices < len(source)
+        indices = np.minimum(indices, len(source) - 1).tolist()
+        draws = [Draw(flip=flip)] * len(indices)
+        return {**_make_batch(source, transform, indices, draws, fields), "valid": valid}
+
+    steps = range(-(-len(source) // batch_size))
+    return _iterate(make, steps, threads, prefetch)
+
+
+class CachedSource:
+    """Arrays in memory that stand for the images of a source, such as first-stage moments.
+
+    `CachedTransform` picks from them, with the flips that `ImageTransform` would draw.
+
+    Args:
+        source: the source whose examples these are, in its order; it still names them.
+        cached: name -> (N, 2, ...) array of the plain [:, 0] and the mirrored [:, 1] image, or
+            (N, 1, ...) where nothing is flipped.
+        fields: name -> (N, ...) array of metadata.
+    """
+
+    def __init__(
+        self, source: Source, cached: dict[str, np.ndarray], fields: dict[str, np.ndarray]
+    ):
+        for name, array in {**cached, **fields}.items():
+            if len(array) != len(source):
+                raise ValueError(f"'{name}' has {len(array)} rows, the source {len(source)}")
+        self._source = source
+        self._cached = dict(cached)
+        self._fields = dict(fields)
+        self.columns = tuple(fields)
+        self.label_names = source.label_names
+        self.num_labels = source.num_labels
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        arrays = {**self._cached, **self._fields}
+        return {name: array[index] for name, array in arrays.items()}
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+
+def check_fields(source: Source, fields: Sequence[str]) -> None:
+    """Raises UserError if the source lacks one of the metadata columns `fields`."""
+    for field in fields:
+        if field not in source.columns:
+            has = ", ".join(source.columns) or "no metadata"
+            raise UserError(f"the data has no field '{field}'; it has: {has}")
+
+
+def _part(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the global batch that belong to a process."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"the batch size ({batch_size}) must be a positive multiple of the number of "
+            f"processes ({process_count})"
+        )
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def _make_batch(
+    source: Source,
+    transform: Transform,
+    indices: Sequence[int],
+    draws: Sequence[Draw],
+    fields: Sequence[str],
+) -> Batch:
+    examples = [source[index] for index in indices]
+    arrays = [transform.apply(example, draw) for example, draw in zip(examples, draws, strict=True)]
+    batch = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
+    batch["index"] = np.asarray(indices, np.int32)
+    for field in fields:
+        values = [example.get(field) for example in examples]
+        for index, value in zip(indices, values, strict=True):
+            if value is None:
+                raise UserError(f"{source.name(index)} has no value for the field '{field}'")
+        batch[field] = _field_array(values, field)
+    return batch
+
+
+def _field_array(values: list, field: str) -> np.ndarray:
+    """Stacks the values of a field: integers as int32, floats as float32, text as it is."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise UserError(f"the field '{field}' differs in shape between examples") from error
+    narrow = {"i": np.int32, "u": np.int32, "f": np.float32}
+    return array.astype(narrow.get(array.dtype.kind, array.dtype))
+
+
+def _iterate(
+    make: Callable[[int], Batch], steps: range, threads: int, prefetch: int
+) -> Iterator[Batch]:
+    """Yields make(step) for each step in order, made ahead of time by threads.
+
+    Threads rather than processes: Pillow releases the interpreter lock while it decodes and
+    resizes. An exception in `make` is raised here, when its step is due.
+    """
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=threads + prefetch if threads else 0
+    )
+    dataset = grain.MapDataset.range(steps.start, steps.stop).map(make)
+    iterator = iter(dataset.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:  # the threads end when the consumer stops, also in mid-iteration
+        iterator.close()

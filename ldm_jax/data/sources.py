@@ -1,0 +1,123 @@
+"""Sources of images: a length, and random access to decoded examples with their metadata."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import io
+import pathlib
+import zipfile
+from typing import Protocol
+
+import numpy as np
+
+from ldm_jax.data.decode import WHITE, decode_image
+from ldm_jax.data.folder import METADATA, list_folder, read_jsonl
+from ldm_jax.data.table import TableSource, select_table
+from ldm_jax.data.tfds_source import TfdsSource
+from ldm_jax.errors import UserError
+
+KINDS = ("emoji", "folder:/path/to/images", "tfds:NAME")
+EMOJI = "assets/fluent_emoji_64.zip"
+
+
+class Source(Protocol):
+    """Random access to the examples of a data set; may be read from several threads.
+
+    Attributes:
+        columns: the metadata columns of an example, 'label' among them if there are labels.
+        label_names: the name of each class, or None.
+        num_labels: number of classes, 0 without labels.
+    """
+
+    columns: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    num_labels: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict:
+        """{'image': (H, W, 3) uint8, **metadata}; UserError if the image cannot be decoded."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call an example in a message."""
+        ...
+
+
+def open_source(
+    spec: str,
+    *,
+    split: str = "train",
+    where: str = "",
+    label: str = "label",
+    background: tuple[int, int, int] = WHITE,
+) -> Source:
+    """Opens a data set by name.
+
+    Args:
+        spec: 'emoji', the embedded set of 1,852 images of 64x64 with captions and 9 classes;
+            'folder:/path', any image folder (see `list_folder`); or 'tfds:NAME', a prepared set of
+            tensorflow_datasets.
+        split: such as 'train', 'test' or a slice 'train[:90%]' (see `split_rows`; tfds slices by
+            its own order). The embedded set has only 'train'.
+        where: 'column=value' keeps the examples with this metadata; '' keeps all. A slice is taken
+            first, so an image is in the same slice whatever the filter.
+        label: the metadata column that becomes 'label'; strings are numbered in sorted order, over
+            what `where` keeps of all splits. '' for none.
+        background: red, green and blue (0..255) that show through transparent pixels.
+
+    Raises:
+        UserError: there is no such data, or nothing is left of it.
+    """
+    kind, _, rest = spec.partition(":")
+    if len(background) != 3 or not all(0 <= level <= 255 for level in background):
+        raise UserError(f"background must be three levels from 0 to 255, not {background}")
+    background = tuple(int(level) for level in background)
+    choice = {"split": split, "where": where, "label": label}
+    if spec == "emoji":
+        return _open_emoji(background, **choice)
+    if kind == "folder" and rest:
+        return _open_folder(pathlib.Path(rest).expanduser(), background, **choice)
+    if kind == "tfds" and rest:
+        return TfdsSource(rest, background=background, **choice)
+    raise UserError(f"unknown data source '{spec}'; choose one of: {', '.join(KINDS)}")
+
+
+def _open_emoji(background: tuple[int, int, int], *, label: str, **choice: str) -> TableSource:
+    asset = importlib.resources.files("ldm_jax.data").joinpath(EMOJI)
+    archive = zipfile.ZipFile(io.BytesIO(asset.read_bytes()))
+    rows = read_jsonl(archive.read(METADATA), EMOJI)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    names = columns["file_name"]
+
+    @functools.cache  # the whole set is 23 MB decoded
+    def read(name: str) -> np.ndarray:
+        image = decode_image(archive.read(name), name, background)
+        image.flags.writeable = False  # it is shared by all who ask for it
+        return image
+
+    source = select_table(
+        names,
+        columns,
+        ["train"] * len(names),
+        read,
+        label=label,
+        title="the emoji set",
+        **choice,
+    )
+    if label == "label":  # numbered by category in the set itself
+        source.label_names = tuple(sorted(set(columns["category"])))
+        source.num_labels = len(source.label_names)
+    return source
+
+
+def _open_folder(
+    root: pathlib.Path, background: tuple[int, int, int], **choice: str
+) -> TableSource:
+    names, columns, splits = list_folder(root)
+
+    def read(name: str) -> np.ndarray:
+        return decode_image(root / name, str(root / name), background)
+
+    return select_table(names, columns, splits, read, title=f"the folder {root}", **choice)

@@ -1,0 +1,148 @@
+"""The time-conditional UNet of the paper (Rombach et al. 2022, appendix E), channels last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ldm_jax.errors import UserError
+from ldm_jax.nn.attention import SelfAttention, SpatialTransformer, head_count
+from ldm_jax.nn.embed import TimeEmbedding
+from ldm_jax.nn.layers import Conv, GroupNorm
+from ldm_jax.nn.resnet import RESAMPLE, Downsample, ResBlock, Upsample
+from ldm_jax.types import Array, Condition
+
+EPSILON = 1e-5
+
+
+class UNet(nn.Module):
+    """Noise (or x0, v) predictor with every variant of the published models.
+
+    Attributes:
+        width: channels of the first level; the time embedding is 4 times as wide.
+        out_channels: channels of the output.
+        mult: channels of each level as multiples of `width`; each level halves the resolution.
+        depth: residual blocks per level on the way down; one more on the way up.
+        attn_downsample: downsampling factors at which residual blocks are followed by attention.
+            The middle always has attention; a factor that is never reached has no effect.
+        num_heads: heads of every attention; 0 derives them from `head_dim`.
+        head_dim: width of one head; the deeper levels then have more heads.
+        cross_attention: attention blocks are transformers that read `cond.context`.
+        transformer_depth: transformer blocks per such attention.
+        scale_shift: the time embedding scales and shifts the normalisation of a residual block.
+        resblock_resample: levels are joined by resampling residual blocks.
+        conv_resample: otherwise by convolutions; False means plain pooling and repetition.
+        split_qkv_first: layout of the fused qkv projection, see `SelfAttention`.
+        dropout: rate inside residual blocks, active when `train`; needs the 'dropout' stream.
+        dtype: of the computation; parameters, normalisation statistics, softmax and output are
+            float32.
+        remat: recompute the inside of each block during the backward pass to save memory.
+    """
+
+    width: int
+    out_channels: int
+    mult: Sequence[int]
+    depth: int
+    attn_downsample: Sequence[int]
+    num_heads: int = 0
+    head_dim: int = 0
+    cross_attention: bool = False
+    transformer_depth: int = 1
+    scale_shift: bool = False
+    resblock_resample: bool = False
+    conv_resample: bool = True
+    split_qkv_first: bool = False
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x_t: Array, t: Array, cond: Condition, *, train: bool = False) -> Array:
+        """x_t (B, h, w, C), t (B,) int or float -> (B, h, w, out_channels) float32.
+
+        `cond.concat` (B, h, w, K) is joined to `x_t`, `cond.context` (B, L, D) with
+        `cond.context_mask` (B, L) is attended to, `cond.vector` (B, 4 * width) is added to the
+        time embedding. Raises UserError if sizes or slots do not fit the fields.
+        """
+        self._check(x_t, cond)
+        if cond.concat is not None:
+            x_t = jnp.concatenate([x_t, cond.concat.astype(x_t.dtype)], axis=-1)
+        embedding = TimeEmbedding(self.width, name="time_embed")(t)
+        if cond.vector is not None:
+            embedding = embedding + cond.vector.astype(jnp.float32)
+
+        def res(name: str, h: Array, channels: int, resample: str | None = None) -> Array:
+            block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+            options = dict(scale_shift=self.scale_shift, resample=resample, dropout=self.dropout)
+            module = block(
+                channels, EPSILON, **options, zero_init=True, dtype=self.dtype, name=name
+            )
+            return module(h, embedding, train)
+
+        def attention(name: str, h: Array) -> Array:
+            heads = head_count(h.shape[-1], self.num_heads, self.head_dim)
+            if self.cross_attention:
+                block = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+                module = block(heads, self.transformer_depth, self.dtype, name=name)
+                return module(h, cond.context, cond.context_mask)
+            block = nn.remat(SelfAttention) if self.remat else SelfAttention
+            options = dict(split_qkv_first=self.split_qkv_first, zero_init=True)
+            return block(heads, EPSILON, **options, dtype=self.dtype, name=name)(h)
+
+        def resample(name: str, h: Array, kind: str) -> Array:
+            if self.resblock_resample:
+                return res(name, h, h.shape[-1], kind)
+            if not self.conv_resample:
+                return RESAMPLE[kind](h)
+            if kind == "down":
+                return Downsample((1, 1), self.dtype, name=name)(h)
+            return Upsample(self.dtype, name=name)(h)
+
+        h = Conv(self.width, dtype=self.dtype, name="conv_in")(x_t)
+        skips = [h]
+        for level, mult in enumerate(self.mult):
+            for i in range(self.depth):
+                h = res(f"down_{level}_res_{i}", h, mult * self.width)
+                if 2**level in self.attn_downsample:
+                    h = attention(f"down_{level}_attn_{i}", h)
+                skips.append(h)
+            if level < len(self.mult) - 1:
+                h = resample(f"down_{level}_resample", h, "down")
+                skips.append(h)
+
+        h = res("mid_res_0", h, h.shape[-1])
+        h = attention("mid_attn", h)
+        h = res("mid_res_1", h, h.shape[-1])
+
+        for level, mult in reversed(list(enumerate(self.mult))):
+            for i in range(self.depth + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = res(f"up_{level}_res_{i}", h, mult * self.width)
+                if 2**level in self.attn_downsample:
+                    h = attention(f"up_{level}_attn_{i}", h)
+            if level > 0:
+                h = resample(f"up_{level}_resample", h, "up")
+
+        h = nn.silu(GroupNorm(EPSILON, name="norm_out")(h))
+        h = Conv(self.out_channels, zero_init=True, dtype=self.dtype, name="conv_out")(h)
+        return h.astype(jnp.float32)
+
+    def _check(self, x_t: Array, cond: Condition) -> None:
+        """Raises UserError where the input would be used wrongly or not at all."""
+        factor = 2 ** (len(self.mult) - 1)
+        if x_t.shape[1] % factor or x_t.shape[2] % factor:
+            raise UserError(
+                f"a UNet of {len(self.mult)} levels needs heights and widths that are multiples "
+                f"of {factor}, got {x_t.shape[1]}x{x_t.shape[2]}"
+            )
+        if self.cross_attention and cond.context is None:
+            raise UserError("the UNet has cross_attention=True, but the condition has no context")
+        if not self.cross_attention and cond.context is not None:
+            raise UserError("the condition has a context: set cross_attention=True in the UNet")
+        if cond.vector is not None and cond.vector.shape[-1] != 4 * self.width:
+            raise UserError(
+                f"the condition's vector must be {4 * self.width} wide (4 * width), "
+                f"got {cond.vector.shape[-1]}"
+            )

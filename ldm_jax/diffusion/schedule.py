@@ -1,0 +1,136 @@
+"""Noise schedules of the discrete-time process x_t = alpha_t x0 + sigma_t eps.
+
+Everything is built in NumPy float64 (float64 is silently float32 in JAX) and rounded once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.errors import UserError
+from ldm_jax.types import Array
+
+
+def _cosine(start: float, end: float, steps: int) -> np.ndarray:
+    """Nichol & Dhariwal 2021, eq. 17; has no use for `start` and `end`."""
+    offset = 0.008
+    phase = (np.arange(steps + 1) / steps + offset) / (1 + offset) * np.pi / 2
+    alpha_bar = np.cos(phase) ** 2
+    return np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+
+
+# The original LDM code calls scaled_linear "linear", and linear "sqrt_linear".
+BETAS = {
+    "scaled_linear": lambda start, end, steps: np.linspace(start**0.5, end**0.5, steps) ** 2,
+    "linear": lambda start, end, steps: np.linspace(start, end, steps),
+    "sqrt": lambda start, end, steps: np.linspace(start, end, steps) ** 0.5,
+    "cosine": _cosine,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """The betas of a forward process and what follows from them; hashed by identity.
+
+    Attributes:
+        betas: (T,) float64, in (0, 1).
+        alpha_bar: (T,) float64, cumulative products of 1 - betas.
+    """
+
+    betas: np.ndarray
+    alpha_bar: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """T, the number of time steps; t lies in [0, T)."""
+        return len(self.betas)
+
+    @functools.cached_property
+    def alpha(self) -> np.ndarray:
+        """(T,) float32 factor of x0 in x_t."""
+        return np.sqrt(self.alpha_bar).astype(np.float32)
+
+    @functools.cached_property
+    def sigma(self) -> np.ndarray:
+        """(T,) float32 factor of eps in x_t."""
+        return np.sqrt(1 - self.alpha_bar).astype(np.float32)
+
+    def add_noise(self, x0: Array, eps: Array, t: Array) -> Array:
+        """Draws x_t given x0 by eq. 4 of DDPM: x0, eps (B, ...), t (B,) int -> (B, ...)."""
+        return at(self.alpha, t, x0.ndim) * x0 + at(self.sigma, t, x0.ndim) * eps
+
+
+def make_schedule(
+    kind: str = "scaled_linear", beta: tuple[float, float] = (0.0015, 0.0195), steps: int = 1000
+) -> Schedule:
+    """Builds a schedule from its name, the ends of the beta range and the number of time steps.
+
+    'cosine' ignores `beta`. Raises UserError for an unknown kind or values outside their range.
+    """
+    if kind not in BETAS:
+        raise UserError(f"unknown noise schedule '{kind}': choose one of {', '.join(BETAS)}")
+    start, end = beta
+    if not 0 < start <= end < 1:
+        raise UserError(f"beta must satisfy 0 < start <= end < 1, but is ({start}, {end})")
+    if steps < 1:
+        raise UserError(f"a noise schedule needs at least 1 time step, not {steps}")
+    betas = BETAS[kind](start, end, steps)
+    return Schedule(betas=betas, alpha_bar=np.cumprod(1 - betas))
+
+
+def at(values: np.ndarray, t: Array, ndim: int) -> Array:
+    """Looks values (T,) up at t (B,) int and appends axes: (B, 1, ..., 1) of rank `ndim`.
+
+    A t outside [0, T) gives NaN: JAX would otherwise clamp it silently.
+    """
+    found = (
+        jnp.asarray(values).at[t].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
+    return found.reshape(found.shape + (1,) * (ndim - found.ndim))
+
+
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x0) as (T,) float64 arrays, eqs. 6 and 7 of DDPM.
+
+    The mean is `mean_x0 * x0 + mean_x_t * x_t`. The variance at t=0 is 0 unless beta is mixed in.
+    """
+
+    mean_x0: np.ndarray
+    mean_x_t: np.ndarray
+    variance: np.ndarray
+
+
+def posterior(schedule: Schedule, variance_mix: float = 0.0) -> Posterior:
+    """Coefficients of one ancestral step; `variance_mix` in [0, 1] blends in beta as variance."""
+    betas, alpha_bar = schedule.betas, schedule.alpha_bar
+    previous = np.append(1.0, alpha_bar[:-1])
+    variance = betas * (1 - previous) / (1 - alpha_bar)
+    return Posterior(
+        mean_x0=betas * np.sqrt(previous) / (1 - alpha_bar),
+        mean_x_t=(1 - previous) * np.sqrt(1 - betas) / (1 - alpha_bar),
+        variance=(1 - variance_mix) * variance + variance_mix * betas,
+    )
+
+
+def vlb_weights(schedule: Schedule, predict: str, variance_mix: float = 0.0) -> np.ndarray:
+    """Weights (T,) float64 that turn a squared error of eps, x0 or v into a term of the bound.
+
+    For eps this is eq. 12 of DDPM, and for v what follows from it; for x0 it is the expression of
+    the original LDM code, which is not the exact bound. Entry 0, infinite for eps, copies entry 1.
+    """
+    betas, alpha_bar = schedule.betas, schedule.alpha_bar
+    if predict == "x0":
+        weights = 0.5 * np.sqrt(alpha_bar) / (2 - alpha_bar)
+    else:
+        variance = posterior(schedule, variance_mix).variance
+        with np.errstate(divide="ignore"):
+            weights = betas**2 / (2 * variance * (1 - betas) * (1 - alpha_bar))
+        if predict == "v":
+            weights = alpha_bar * weights  # an error of eps is alpha times that of v
+    weights[0] = weights[min(1, schedule.steps - 1)]
+    return weights

@@ -1,0 +1,100 @@
+"""Autoencoder with a vector-quantised bottleneck (Rombach et al. 2022, section 3.1, "VQ-reg.").
+
+The diffusion model sees the latents before quantisation; `decode` quantises them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.first_stage.autoencoder import Autoencoder
+from ldm_jax.types import Array
+
+
+class Quantised(NamedTuple):
+    """`z_q` (B, h, w, C) with straight-through gradients, `codes` (B, h, w) int32, `loss` (B,)."""
+
+    z_q: Array
+    codes: Array
+    loss: Array
+
+
+def nearest_codes(z: Array, codebook: Array) -> Array:
+    """Indices of the Euclidean nearest entries: z (..., C), codebook (K, C) -> (...) int32.
+
+    The product is always full float32: a faster one picks other codes.
+    """
+    flat = z.reshape(-1, z.shape[-1])
+    products = jnp.matmul(flat, codebook.T, precision=jax.lax.Precision.HIGHEST)
+    distances = jnp.square(codebook).sum(-1)[None, :] - 2.0 * products
+    return jnp.argmin(distances, axis=-1).astype(jnp.int32).reshape(z.shape[:-1])
+
+
+def quantise(z: Array, codebook: Array, beta: float, legacy_beta: bool) -> Quantised:
+    """Replaces each latent by its nearest code (van den Oord et al. 2017, equation 3).
+
+    z (B, h, w, C), codebook (K, C). The loss is commitment + beta * codebook term if
+    `legacy_beta`, as the published models were trained, else beta * commitment + codebook term;
+    both are means over an example's elements.
+    """
+    codes = nearest_codes(jax.lax.stop_gradient(z), codebook)
+    entries = codebook[codes]
+    commitment = jnp.square(jax.lax.stop_gradient(entries) - z).mean((1, 2, 3))
+    movement = jnp.square(entries - jax.lax.stop_gradient(z)).mean((1, 2, 3))
+    loss = commitment + beta * movement if legacy_beta else beta * commitment + movement
+    return Quantised(z + jax.lax.stop_gradient(entries - z), codes, loss)
+
+
+def codebook_init(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+    """U(-1/K, 1/K) for a codebook (K, C)."""
+    return jax.random.uniform(key, shape, dtype, -1.0 / shape[0], 1.0 / shape[0])
+
+
+class VQModel(Autoencoder):
+    """Vector-quantised autoencoder: the fields of `Autoencoder`, M = C, and
+
+    Attributes:
+        codes: entries of the codebook.
+        beta: weight of the commitment term or, with `legacy_beta`, of the codebook term.
+    """
+
+    codes: int = 8192
+    beta: float = 0.25
+    legacy_beta: bool = True
+
+    def setup(self) -> None:
+        self.make_networks(moments_per_channel=1)
+        shape = (self.codes, self.channels)
+        self.codebook = self.param("codebook", codebook_init, shape, jnp.float32)
+
+    def sample(self, moments: Array, keys: Array) -> Array:
+        """The same as `mode`: the bottleneck is deterministic, `keys` (B,) are not used."""
+        return self.mode(moments)
+
+    def mode(self, moments: Array) -> Array:
+        """Latents before quantisation, scaled: (B, h, w, C) -> (B, h, w, C)."""
+        return self.scaled(moments)
+
+    def decode(self, latents: Array, quantize: bool = True) -> Array:
+        """Scaled latents (B, h, w, C) -> images (B, H, W, 3) float32, not clipped."""
+        z = self.unscaled(latents)
+        if quantize:
+            z = self.codebook[nearest_codes(z, self.codebook)]
+        return self.decode_unscaled(z)
+
+    def autoencode(
+        self, images: Array, keys: Array | None = None, *, train: bool = False
+    ) -> tuple[Array, dict]:
+        """Images (B, H, W, 3) -> reconstruction of the same shape and `aux`; no `keys` needed.
+
+        `aux`: 'codebook' (B,) the regularising loss, 'code_counts' (K,) how often the batch used
+        each code, 'latents' (B, h, w, C) before quantisation and scaling.
+        """
+        z = self.moments(images, train=train)
+        quantised = quantise(z, self.codebook, self.beta, self.legacy_beta)
+        counts = jnp.zeros(self.codes, jnp.float32).at[quantised.codes.reshape(-1)].add(1.0)
+        aux = {"codebook": quantised.loss, "code_counts": counts, "latents": z}
+        return self.decode_unscaled(quantised.z_q, train), aux

@@ -1,0 +1,312 @@
+"""A trained model in use: from seeds and conditions to pixels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, images, random
+from ldm_jax import config as config_lib
+from ldm_jax.diffusion import samplers
+from ldm_jax.diffusion.guidance import make_denoise
+from ldm_jax.errors import UserError
+from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
+from ldm_jax.types import Array, Condition
+
+
+class Pipeline:
+    """A first stage, a denoiser and a conditioner with their weights.
+
+    Attributes:
+        config: the locked config of the run.
+        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params}.
+        step: of the checkpoint, in updates.
+        label_names: names of the classes, or None where classes have only numbers.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        variables: dict[str, Any],
+        step: int,
+        label_names: Sequence[str] | None = None,
+    ) -> None:
+        self.config, self.step, self.label_names = config, step, label_names
+        self._mesh = make_mesh()
+        self.variables = jax.device_put(variables, replicated(self._mesh))
+        self._first_stage = builders.build_first_stage(config)
+        self._denoiser = builders.build_denoiser(config)
+        self._conditioner = builders.build_conditioner(config)
+        self._schedule = builders.build_schedule(config)
+        # Bound methods would make every Pipeline's caches global; these belong to this one.
+        self._generate_jit = jax.jit(
+            self._generate, static_argnames=("sampler", "guided", "decode"), donate_argnums=()
+        )
+        self._encode_jit = jax.jit(self._encode)
+        self._decode_jit = jax.jit(self._decode)
+        self._denoise_jit = jax.jit(self._denoise)
+        self._condition_jit = jax.jit(self._condition)
+
+    # -- sampling -------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        condition: Mapping[str, Any] | None = None,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        spacing: str | None = None,
+        batch_size: int | None = None,
+        noise: Any | None = None,
+        decode: bool = True,
+    ) -> np.ndarray:
+        """Makes one image per seed; image i depends on seed i and its condition alone.
+
+        Settings that are not given come from `config.sample`.
+
+        Args:
+            seeds: B integers in [0, 2**32).
+            condition: batch fields, e.g. {'label': [3, 3, 5]}, B values each; None samples with the
+                null condition of a conditional model.
+            sampler: name of the sampler, 'ddim'.
+            steps: network calls per image, 1 to T.
+            eta: 0 (deterministic) to 1.
+            guidance_scale: of classifier-free guidance; 1 = off.
+            spacing: time steps visited: 'leading', 'uniform' or 'quad'.
+            batch_size: images at a time; rounded up to a multiple of the number of devices.
+            noise: (B, h, w, C) float32 to start from, in place of the seeds' own.
+            decode: False returns the latents.
+
+        Returns:
+            uint8 (B, H, W, 3), or float32 latents (B, h, w, C).
+
+        Raises:
+            UserError: a setting outside its range, or a condition that does not fit the model.
+        """
+        s = self.config.sample
+        choose = lambda value, default: default if value is None else value  # noqa: E731
+        sampler, scale = choose(sampler, s.sampler), choose(guidance_scale, s.guidance_scale)
+        table = samplers.make_table(
+            sampler,
+            self._schedule,
+            choose(steps, s.steps),
+            choose(eta, s.eta),
+            choose(spacing, s.spacing),
+        )
+        seeds = _check_seeds(seeds)
+        fields = self._fields(condition, len(seeds))
+        guided = scale != 1 and fields is not None
+        if scale != 1 and not builders.has_null(self.config):
+            raise UserError(
+                f"guidance_scale is {scale}, but this model has no null condition to guide away "
+                "from: use 1"
+            )
+        if noise is not None:
+            noise = np.asarray(noise, np.float32)
+            if noise.shape != (len(seeds), *self.latent_shape):
+                raise UserError(
+                    f"noise has the shape {noise.shape}, but must be "
+                    f"{(len(seeds), *self.latent_shape)}"
+                )
+
+        run = functools.partial(self._generate_jit, sampler=sampler, guided=guided, decode=decode)
+        return self._in_batches(
+            lambda part: run(
+                self.variables,
+                part,
+                jnp.float32(scale),
+                {k: jnp.asarray(v) for k, v in table.items()},
+            ),
+            {"seeds": seeds, "fields": fields, "noise": noise},
+            choose(batch_size, s.batch_size),
+        )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of one image's latents."""
+        size = config_lib.latent_size(self.config)
+        return (size, size, config_lib.latent_channels(self.config))
+
+    def _generate(
+        self,
+        variables: dict[str, Any],
+        inputs: dict[str, Any],
+        guidance_scale: Array,
+        table: dict[str, Array],
+        *,
+        sampler: str,
+        guided: bool,
+        decode: bool,
+    ) -> Array:
+        """The whole way from seeds to pixels, as one program."""
+        keys = random.seed_keys(inputs["seeds"])
+        noise = inputs["noise"]
+        if noise is None:
+            noise = samplers.initial_noise(keys, self.latent_shape)
+        batch_size = noise.shape[0]
+        null = self._null(variables, batch_size) if builders.has_null(self.config) else None
+        cond = null
+        if inputs["fields"] is not None:
+            cond = self._condition(variables, inputs["fields"])
+
+        def apply(x_t: Array, t: Array, cond: Condition) -> Array:
+            return self._denoiser.apply({"params": variables["denoiser"]}, x_t, t, cond)
+
+        denoise = make_denoise(
+            apply,
+            self._schedule,
+            self.config.diffusion.predict,
+            cond if cond is not None else Condition(),
+            null if guided else None,
+            guidance_scale,
+        )
+        latents = samplers.sample(denoise, noise, keys, table, samplers.SAMPLERS[sampler])
+        if not decode:
+            return latents
+        return images.to_uint8(self._decode(variables, latents))
+
+    def _in_batches(self, run: Any, inputs: dict[str, Any], batch_size: int) -> np.ndarray:
+        """Runs equal batches, the last one padded, and joins the results."""
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}, but must be at least 1")
+        total = len(jax.tree.leaves(inputs)[0])
+        devices = self._mesh.size
+        batch_size = -(-min(batch_size, total) // devices) * devices
+        sharding, parts = batch_sharding(self._mesh), []
+        for start in range(0, total, batch_size):
+            index = np.minimum(np.arange(start, start + batch_size), total - 1)
+            part = jax.tree.map(
+                lambda x, i=index: jax.device_put(np.asarray(x)[i], sharding), inputs
+            )
+            parts.append(np.asarray(jax.device_get(run(part))))
+        return np.concatenate(parts)[:total]
+
+    # -- conditions -----------------------------------------------------------------------------
+
+    def condition(self, fields: Mapping[str, Any]) -> Condition:
+        """Encodes batch fields, e.g. {'label': [3, 5]}, into what the denoiser takes."""
+        checked = self._fields(fields, len(next(iter(fields.values()))) if fields else 0)
+        return self._condition_jit(self.variables, checked)
+
+    def null_condition(self, batch_size: int) -> Condition:
+        """Returns the empty condition of classifier-free guidance.
+
+        Raises:
+            UserError: the model was trained without one.
+        """
+        return self._null(self.variables, batch_size)
+
+    def label(self, text: str | int) -> int:
+        """Returns the class number that a number or a class name stands for.
+
+        Raises:
+            UserError: no such class, or a model without classes.
+        """
+        if "label" not in self.config.conditioners:
+            raise UserError("this model knows no classes: leave --label away")
+        if str(text).lstrip("-").isdigit():
+            return int(self._check_labels([int(text)])[0])
+        names = list(self.label_names or ())
+        if text not in names:
+            known = ", ".join(names) or f"0 to {self.config.label.num_classes - 1}"
+            raise UserError(f"no class '{text}': choose from {known}")
+        return names.index(text)
+
+    def _check_labels(self, labels: Any) -> np.ndarray:
+        try:
+            labels = np.asarray(labels)
+            whole = labels.dtype.kind in "iu"
+        except ValueError:
+            whole = False
+        count = self.config.label.num_classes
+        if not whole:
+            raise UserError(f"label must be whole numbers from 0 to {count - 1}")
+        for value in labels.ravel():
+            if not 0 <= value < count:
+                raise UserError(f"label {value} is out of range: choose from 0 to {count - 1}")
+        return labels.astype(np.int32)
+
+    def _fields(self, fields: Mapping[str, Any] | None, count: int) -> dict[str, np.ndarray] | None:
+        """Checks a condition; None where there is nothing to condition on."""
+        wanted = tuple(self.config.conditioners)
+        if not fields:
+            if wanted and not builders.has_null(self.config):
+                raise UserError(f"this model needs the condition {', '.join(wanted)}")
+            return None
+        for name in fields:
+            if name not in wanted:
+                known = ", ".join(wanted) or "none: it is unconditional"
+                raise UserError(f"unknown condition '{name}'; this model takes {known}")
+        for name in wanted:
+            if name not in fields:
+                raise UserError(f"the condition '{name}' is missing")
+            if np.ndim(fields[name]) < 1 or len(fields[name]) != count:
+                raise UserError(f"condition '{name}' must have one value per seed, {count}")
+        return {"label": self._check_labels(fields["label"])}
+
+    def _condition(self, variables: dict[str, Any], fields: dict[str, Array]) -> Condition:
+        return self._conditioner.apply({"params": variables["conditioner"]}, fields)
+
+    def _null(self, variables: dict[str, Any], batch_size: int) -> Condition:
+        params = {"params": variables["conditioner"]}
+        return self._conditioner.apply(params, batch_size, method="null")
+
+    # -- the parts on their own -----------------------------------------------------------------
+
+    def encode(self, pixels: Any) -> Array:
+        """Encodes images to scaled latents (B, h, w, C), at the mode of the posterior.
+
+        Args:
+            pixels: (B, H, W, 3) uint8, or float32 in [-1, 1]; sides that the first stage divides.
+        """
+        pixels = np.asarray(pixels)
+        factor = config_lib.downsampling(self.config)
+        if pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise UserError(f"images have the shape {pixels.shape}, but must be (B, H, W, 3)")
+        if pixels.shape[1] % factor or pixels.shape[2] % factor:
+            raise UserError(
+                f"images of {pixels.shape[1]}x{pixels.shape[2]}: the first stage needs multiples "
+                f"of {factor}"
+            )
+        if pixels.dtype != np.uint8:
+            pixels = pixels.astype(np.float32)
+        return self._encode_jit(self.variables, pixels)
+
+    def decode(self, latents: Any) -> Array:
+        """Decodes scaled latents (B, h, w, C) to images (B, H, W, 3) float32 in [-1, 1]."""
+        return jnp.clip(self._decode_jit(self.variables, jnp.asarray(latents, jnp.float32)), -1, 1)
+
+    def denoise(self, z_t: Any, t: Any, cond: Condition | None = None) -> Array:
+        """Returns the raw network output (B, h, w, C) at z_t (B, h, w, C) and t (B,) int32."""
+        cond = Condition() if cond is None else cond
+        z_t, t = jnp.asarray(z_t, jnp.float32), jnp.asarray(t, jnp.int32)
+        return self._denoise_jit(self.variables, z_t, t, cond)
+
+    def _encode(self, variables: dict[str, Any], pixels: Array) -> Array:
+        pixels = images.to_float(pixels) if pixels.dtype == jnp.uint8 else pixels
+        moments = self._first_stage.apply(variables["first_stage"], pixels, method="moments")
+        return self._first_stage.apply(variables["first_stage"], moments, method="mode")
+
+    def _decode(self, variables: dict[str, Any], latents: Array) -> Array:
+        return self._first_stage.apply(variables["first_stage"], latents, method="decode")
+
+    def _denoise(self, variables: dict[str, Any], z_t: Array, t: Array, cond: Condition) -> Array:
+        return self._denoiser.apply({"params": variables["denoiser"]}, z_t, t, cond)
+
+
+def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
+    seeds = np.asarray(seeds)
+    if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "iu":
+        raise UserError("seeds must be a list of at least one whole number")
+    if seeds.min() < 0 or seeds.max() >= 2**32:
+        raise UserError("seeds must lie in 0 to 4294967295")
+    return seeds.astype(np.uint32)

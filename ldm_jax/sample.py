@@ -1,0 +1,82 @@
+"""Samples images from a trained workdir: numbered PNGs, a grid and samples.json.
+
+python -m ldm_jax.sample --workdir=runs/quickstart --num_samples=16
+python -m ldm_jax.sample --workdir=runs/quickstart --label=cat-face --guidance_scale=3
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from absl import flags
+
+from ldm_jax import cli
+from ldm_jax.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", "", "Workdir of a training run.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "How many images.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; never changes an image.")
+_SEED = flags.DEFINE_integer("seed", 0, "Image i comes from the seed SEED + i alone.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "Name of the sampler: ddim.")
+_STEPS = flags.DEFINE_integer("steps", None, "Network calls per image.")
+_ETA = flags.DEFINE_float("eta", None, "0 = deterministic to 1 = ancestral noise.")
+_SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
+_LABEL = flags.DEFINE_list(
+    "label", None, "Class numbers or names, used in turn. Default: all classes in turn."
+)
+_OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/<step>.")
+_GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png.")
+
+
+def main() -> None:
+    """Reads the flags, samples and writes."""
+    if not _WORKDIR.value:
+        raise UserError("no workdir given: use --workdir=runs/quickstart")
+    if _NUM_SAMPLES.value < 1:
+        raise UserError(f"--num_samples is {_NUM_SAMPLES.value}, but must be at least 1")
+    from ldm_jax import images
+    from ldm_jax.workdir import load
+
+    pipe = load(_WORKDIR.value)
+    seeds = list(range(_SEED.value, _SEED.value + _NUM_SAMPLES.value))
+    condition = _condition(pipe, len(seeds))
+    defaults = pipe.config.sample
+    settings = {
+        "sampler": defaults.sampler if _SAMPLER.value is None else _SAMPLER.value,
+        "steps": defaults.steps if _STEPS.value is None else _STEPS.value,
+        "eta": defaults.eta if _ETA.value is None else _ETA.value,
+        "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
+    }
+    out = pathlib.Path(
+        _OUT.value or pathlib.Path(_WORKDIR.value) / "samples" / f"step_{pipe.step:07d}"
+    )
+    pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
+    record = {"checkpoint_step": pipe.step, **settings, "spacing": defaults.spacing}
+    record |= {"seeds": seeds, "condition": condition}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        images.save_numbered(out, pixels)
+        if _GRID.value:
+            images.save_png(out / "grid.png", images.make_grid(pixels))
+        (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out} ({error.strerror}): choose another --out"
+        ) from error
+    print(f"{len(seeds)} images of step {pipe.step} in {out}")
+
+
+def _condition(pipe, count: int) -> dict[str, list[int]] | None:
+    """The labels of all samples, in turn; None for an unconditional model."""
+    if _LABEL.value:
+        chosen = [pipe.label(text) for text in _LABEL.value]
+    elif "label" in pipe.config.conditioners:
+        chosen = list(range(pipe.config.label.num_classes))
+    else:
+        return None
+    return {"label": [chosen[i % len(chosen)] for i in range(count)]}
+
+
+if __name__ == "__main__":
+    cli.run(main)

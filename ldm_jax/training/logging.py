@@ -1,0 +1,126 @@
+"""What a run tells: metrics on disk, and progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Appends scalars to `metrics.jsonl` and to TensorBoard event files; no TensorFlow needed.
+
+    `clu.metric_writers` would serve, but its summary writer imports TensorFlow.
+    """
+
+    def __init__(self, directory: pathlib.Path, start_step: int = 0) -> None:
+        """Opens both files; lines after `start_step` come from steps that will run again."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "metrics.jsonl"
+        self._drop_after(start_step)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._events = EventFileWriter(str(directory))
+
+    def _drop_after(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue  # a line that a crash cut short
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes one line of scalars."""
+        self._file.write(json.dumps({"step": step} | scalars) + "\n")
+        self._file.flush()
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._events.add_event(
+            Event(step=step, wall_time=time.time(), summary=Summary(value=values))
+        )
+
+    def write_image(self, step: int, tag: str, path: pathlib.Path) -> None:
+        """Shows a PNG file in TensorBoard."""
+        image = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
+        value = Summary.Value(tag=tag, image=image)
+        self._events.add_event(
+            Event(step=step, wall_time=time.time(), summary=Summary(value=[value]))
+        )
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._file.close()
+        self._events.close()
+
+
+class Progress:
+    """A bar on a terminal, a line per interval elsewhere; averages metrics between lines."""
+
+    def __init__(self, stage: str, start: int, total: int, batch_size: int) -> None:
+        self._stage, self._total, self._batch_size = stage, total, batch_size
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=stage, initial=start, total=total, disable=not self._terminal, unit="step"
+        )
+        self._pending: list[dict[str, jax.Array]] = []
+        self._start, self._start_step = time.perf_counter(), start
+        self._mark = self._start
+        self._wait_mark = 0.0
+
+    def step(self, metrics: dict[str, jax.Array]) -> None:
+        """Keeps one step's metrics on the device until the next line is due."""
+        self._pending.append(metrics)
+        self._bar.update()
+
+    def report(self, step: int, wait_seconds: float) -> dict[str, float]:
+        """Averages, shows and returns the metrics since the last report.
+
+        Args:
+            step: steps done.
+            wait_seconds: time spent waiting for data since the run began.
+        """
+        rows = jax.device_get(self._pending)
+        self._pending = []
+        # A noise quartile without an example is NaN in its row; without any row it is left out.
+        columns = {key: np.array([row[key] for row in rows], np.float64) for key in rows[0]}
+        scalars = {
+            key: float(np.nanmean(column))
+            for key, column in columns.items()
+            if not (key.startswith("loss_q") and np.isnan(column).all())
+        }
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        waited, self._wait_mark = wait_seconds - self._wait_mark, wait_seconds
+        scalars["images_per_second"] = len(rows) * self._batch_size / seconds
+        scalars["data_wait_share"] = waited / seconds
+        left = (now - self._start) / (step - self._start_step) * (self._total - step)
+        shown = {
+            "loss": f"{scalars['loss']:.4f}",
+            "images/s": f"{scalars['images_per_second']:.0f}",
+            "waiting for data": f"{scalars['data_wait_share']:.0%}",
+        }
+        self._bar.set_postfix(shown)
+        if not self._terminal:
+            text = ", ".join(f"{key} {value}" for key, value in shown.items())
+            minutes, rest = divmod(round(left), 60)
+            eta = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+            print(f"{self._stage}: step {step}/{self._total}, {text}, ETA {eta}", flush=True)
+        return scalars
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

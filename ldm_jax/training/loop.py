@@ -1,0 +1,110 @@
+"""The training loop, the same for both stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from ldm_jax.data.device import to_device
+from ldm_jax.data.pipeline import Batches
+from ldm_jax.training.checkpoint import Checkpoints, abstract_like
+from ldm_jax.training.interrupt import Interrupted, Interrupts
+from ldm_jax.training.logging import MetricWriter, Progress
+from ldm_jax.training.sharding import batch_sharding, replicated
+from ldm_jax.training.state import TrainState
+from ldm_jax.training.steps import Init, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What the loop needs to know of a stage.
+
+    Attributes:
+        name: as shown.
+        directory: where its checkpoints and metrics go.
+        block: the config of its optimisation, `first_stage.train` or `train`.
+        init: key -> state.
+        step: (state, frozen, batch, key) -> (state, metrics).
+        frozen: variables that the step reads and never changes.
+        picture: writes a picture of a state and returns its path; called with (state, step).
+    """
+
+    name: str
+    directory: pathlib.Path
+    block: ConfigDict
+    init: Init
+    step: Step
+    frozen: Any
+    picture: Callable[[TrainState, int], pathlib.Path]
+
+
+def fit(
+    stage: Stage,
+    batches_from: Callable[[int], Batches],
+    key: jax.Array,
+    mesh: jax.sharding.Mesh,
+    interrupts: Interrupts,
+) -> TrainState:
+    """Trains a stage to its last step, from its newest checkpoint if there is one.
+
+    The state of the data is the step alone: `batches_from(step)` yields the batches from there.
+
+    Raises:
+        Interrupted: a signal came; the state is saved.
+    """
+    block, everywhere = stage.block, replicated(mesh)
+    checkpoints = Checkpoints(stage.directory / "checkpoints", block.keep_checkpoints)
+    state = restore_or_init(stage, checkpoints, key, everywhere)
+    start = int(state.step)
+    writer = MetricWriter(stage.directory, start)
+    progress = Progress(stage.name, start, block.steps, block.batch_size)
+    step_key = jax.device_put(jax.random.fold_in(key, 1), everywhere)
+    frozen = jax.device_put(stage.frozen, everywhere)
+    step_fn = jax.jit(
+        stage.step,
+        donate_argnums=0,
+        in_shardings=(everywhere, everywhere, batch_sharding(mesh), everywhere),
+        out_shardings=everywhere,
+    )
+    due = lambda step, every: every and (step % every == 0 or step == block.steps)  # noqa: E731
+    batches = to_device(batches_from(start), batch_sharding(mesh))
+    try:
+        for step in range(start + 1, block.steps + 1):
+            state, metrics = step_fn(state, frozen, next(batches), step_key)
+            progress.step(metrics)
+            if due(step, block.log_every) or interrupts.requested:
+                writer.write(step, progress.report(step, batches.wait_seconds))
+            if due(step, block.checkpoint_every) or interrupts.requested:
+                checkpoints.save(state)
+            if interrupts.requested:
+                checkpoints.wait()
+                raise Interrupted(
+                    f"saved {stage.name} at step {step} of {block.steps}; "
+                    "the same command goes on from here"
+                )
+            if due(step, block.picture_every):
+                writer.write_image(step, stage.name, stage.picture(state, step))
+    finally:
+        batches.close()
+        progress.close()
+        writer.close()
+        checkpoints.close()
+    return state
+
+
+def restore_or_init(
+    stage: Stage, checkpoints: Checkpoints, key: jax.Array, sharding: jax.sharding.Sharding
+) -> TrainState:
+    """Returns the newest checkpoint's state, or a fresh one."""
+    init = functools.partial(stage.init, jax.random.fold_in(key, 0))
+    if checkpoints.latest_step() is None:
+        return jax.jit(init, out_shardings=sharding)()
+    state = checkpoints.restore(abstract_like(jax.eval_shape(init), sharding))
+    print(f"{stage.name}: resuming at step {int(state.step)} from {checkpoints.directory}")
+    return jax.device_put(state, sharding)

@@ -1,0 +1,289 @@
+"""A whole run: the first stage, its latent statistics, the diffusion model, the final pictures."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, images
+from ldm_jax import config as config_lib
+from ldm_jax import workdir as files
+from ldm_jax.data.pipeline import Batches, CachedSource, check_fields, epoch_batches
+from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.transforms import CachedTransform
+from ldm_jax.errors import UserError
+from ldm_jax.pipeline import Pipeline
+from ldm_jax.training import latents as latents_lib
+from ldm_jax.training.interrupt import Interrupts
+from ldm_jax.training.loop import Stage, fit
+from ldm_jax.training.sharding import check_batch, make_mesh
+from ldm_jax.training.state import TrainState
+from ldm_jax.training.steps import diffusion_functions, first_stage_functions
+
+COMPARED_IMAGES = 20_000  # at most so many training images are searched for nearest neighbours
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = False) -> None:
+    """Trains what is not trained yet in `workdir`, and writes the final samples.
+
+    Raises:
+        UserError: the config, the data or the workdir cannot be used.
+        Interrupted: a signal came; the same call goes on from there.
+    """
+    config_lib.check(config)
+    begin, mesh = time.perf_counter(), make_mesh()
+    check_batch(config.train.batch_size, mesh, "train.batch_size")
+    check_batch(config.first_stage.train.batch_size, mesh, "first_stage.train.batch_size")
+    source = open_data(config)
+    files.claim(workdir, config, allow_config_change)
+    if "label" in config.data.fields and source.label_names:
+        files.write_labels(workdir, source.label_names)
+    with Interrupts() as interrupts:
+        job = _Run(config, workdir, source, mesh, interrupts)
+        frozen = job.first_stage()
+        pipe = job.diffusion(frozen)
+        interrupts.check("before the final samples")
+        shown = job.final_pictures(pipe)
+    print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Look at:")
+    for path in shown:
+        print(f"  {path}")
+    print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
+
+
+def open_data(config: ConfigDict) -> Source:
+    """Opens the data set and checks that the model's fields fit it.
+
+    Raises:
+        UserError: no such data, a missing field, or labels that the config has no room for.
+    """
+    c = config.data
+    label = c.label if "label" in c.fields else ""
+    source = open_source(c.source, split=c.split, where=c.where, label=label)
+    check_fields(source, c.fields)
+    if "label" in config.conditioners and source.num_labels > config.label.num_classes:
+        raise UserError(
+            f"the data has labels up to {source.num_labels - 1}, but config.label.num_classes is "
+            f"{config.label.num_classes}: set it to {source.num_labels}"
+        )
+    return source
+
+
+class _Run:
+    """What the steps of one run share."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        source: Source,
+        mesh: jax.sharding.Mesh,
+        interrupts: Interrupts,
+    ) -> None:
+        self.config, self.workdir, self.source = config, workdir, source
+        self.mesh, self.interrupts = mesh, interrupts
+        self.key = jax.random.key(config.seed)
+
+    # -- first stage ----------------------------------------------------------------------------
+
+    def first_stage(self) -> dict[str, Any]:
+        """Returns the variables of the first stage: trained before, given, or trained now."""
+        config, directory = self.config, self.workdir / "first_stage"
+        if (directory / files.WEIGHTS).is_file():
+            return files.load_first_stage(self.workdir, config)
+        if config.first_stage.weights:
+            frozen = files.load_first_stage(config.first_stage.weights, config)
+        elif config.first_stage.kind == "identity":
+            frozen = {
+                "latents": {"shift": np.zeros(3, np.float32), "scale": np.ones(3, np.float32)}
+            }
+        else:
+            frozen = self._train_first_stage(directory)
+        frozen = self._measure(frozen)
+        files.save_first_stage(directory, config, jax.device_get(frozen))
+        return frozen
+
+    def _train_first_stage(self, directory: pathlib.Path) -> dict[str, Any]:
+        config = self.config
+        module = builders.build_first_stage(config)
+        init, step = first_stage_functions(config)
+        examples = self._examples(min(8, len(self.source)))
+
+        @jax.jit
+        def reconstruct(variables: dict[str, Any], image: jax.Array) -> jax.Array:
+            moments = module.apply(variables, images.to_float(image), method="moments")
+            latents = module.apply(variables, moments, method="mode")
+            return images.to_uint8(module.apply(variables, latents, method="decode"))
+
+        def picture(state: TrainState, number: int) -> pathlib.Path:
+            path = directory / "reconstructions" / f"step_{number:07d}.png"
+            decoded = np.asarray(reconstruct(self._variables(state), examples))
+            images.save_png(path, images.pairs_grid(examples, decoded))
+            return path
+
+        stage = Stage("first stage", directory, config.first_stage.train, init, step, {}, picture)
+        return self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
+
+    def _variables(self, state: TrainState) -> dict[str, Any]:
+        """A trained first stage's variables, with latents that are not scaled yet."""
+        channels = config_lib.latent_channels(self.config)
+        latents = {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
+        return {"params": state.params["first_stage"], "latents": latents}
+
+    def _measure(self, frozen: dict[str, Any]) -> dict[str, Any]:
+        config = self.config
+        if config.first_stage.latent_scale == "first_batch":
+            batches = iter(self._batches(self.source, config.train)(0))
+        else:
+            batches = self._epoch(config.train.batch_size)
+        frozen = latents_lib.measure_scale(
+            config,
+            frozen,
+            batches,
+            latents_lib.encoder(config, frozen, self.mesh),
+            self._key(2),
+            lambda: self.interrupts.check("while measuring the latents"),
+        )
+        scale = np.asarray(frozen["latents"]["scale"])
+        print(f"latents: {config.first_stage.latent_scale} scale, mean {scale.mean():.4f}")
+        return frozen
+
+    # -- diffusion ------------------------------------------------------------------------------
+
+    def diffusion(self, frozen: dict[str, Any]) -> Pipeline:
+        """Trains the diffusion model; returns it with its averaged weights."""
+        config, source = self.config, self.source
+        init, step = diffusion_functions(config)
+        if config.data.cache_latents:
+            source = latents_lib.encode_source(
+                config,
+                source,
+                latents_lib.encoder(config, frozen, self.mesh),
+                lambda: self.interrupts.check("while encoding the images"),
+            )
+        pipe: list[Pipeline] = []
+
+        def update(state: TrainState) -> Pipeline:
+            variables = {
+                "first_stage": frozen,
+                "denoiser": state.ema_params["denoiser"],
+                "conditioner": state.params["conditioner"],
+            }
+            number = int(state.step)
+            if not pipe:
+                pipe.append(Pipeline(config, variables, number, self.source.label_names))
+            # The state's buffers are given to the next step, so the pipeline is only good until
+            # then, unless this is the last one.
+            pipe[0].variables, pipe[0].step = variables, number
+            return pipe[0]
+
+        def picture(state: TrainState, number: int) -> pathlib.Path:
+            path = self.workdir / "samples" / f"step_{number:07d}.png"
+            images.save_png(path, self._grid(self._samples(update(state))))
+            return path
+
+        stage = Stage("diffusion", self.workdir, config.train, init, step, frozen, picture)
+        return update(self._fit(stage, self._batches(source, stage.block), 3))
+
+    def _samples(self, pipe: Pipeline) -> np.ndarray:
+        """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""
+        count = self.config.sample.num_samples
+        condition = None
+        if "label" in self.config.conditioners:
+            classes = min(self.config.label.num_classes, count)
+            # Sorted, so that a row of the grid shows one class.
+            condition = {"label": sorted(i % classes for i in range(count))}
+        return pipe.sample(range(count), condition)
+
+    def _grid(self, pixels: np.ndarray) -> np.ndarray:
+        return images.make_grid(pixels, columns=_columns(len(pixels)))
+
+    def final_pictures(self, pipe: Pipeline) -> list[pathlib.Path]:
+        """Writes the final grid and, if asked for, each sample's nearest training image."""
+        samples = self._samples(pipe)
+        paths = [self.workdir / "samples" / "final.png"]
+        images.save_png(paths[0], self._grid(samples))
+        if self.config.sample.nearest:
+            count = min(len(self.source), COMPARED_IMAGES)
+            references = self._examples(count)
+            if self.config.data.flip:
+                references = np.concatenate([references, references[:, :, ::-1]])
+            indices, distances = images.nearest(samples, references)
+            paths.append(self.workdir / "samples" / "final_nearest.png")
+            pairs = images.pairs_grid(samples, references[indices], columns=_columns(len(samples)))
+            images.save_png(paths[1], pairs)
+            print(
+                f"nearest of {count} training images (and mirrored): root mean square difference "
+                f"{np.median(distances):.1f} grey levels in the median, {distances.min():.1f} at least"
+            )
+        return paths
+
+    # -- shared ---------------------------------------------------------------------------------
+
+    def _key(self, purpose: int) -> jax.Array:
+        return jax.random.fold_in(self.key, purpose)
+
+    def _fit(self, stage: Stage, batches: Any, purpose: int) -> TrainState:
+        params = jax.eval_shape(stage.init, self.key).params
+        stage.directory.mkdir(parents=True, exist_ok=True)
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        (stage.directory / "parameters.txt").write_text(table + "\n", encoding="utf-8")
+        parts = ", ".join(
+            f"{name} {parameter_overview.count_parameters(tree):,}" for name, tree in params.items()
+        )
+        print(f"{stage.name}: parameters: {parts} (all in {stage.directory / 'parameters.txt'})")
+        return fit(stage, batches, self._key(purpose), self.mesh, self.interrupts)
+
+    def _batches(self, source: Source, block: ConfigDict) -> Any:
+        """Returns start_step -> endless batches."""
+        cached = isinstance(source, CachedSource)
+        flip = self.config.data.flip
+        diffusion = block is self.config.train
+
+        def start(step: int) -> Batches:
+            return Batches(
+                source,
+                CachedTransform(flip=flip) if cached else latents_lib.transform(self.config),
+                batch_size=block.batch_size,
+                seed=self.config.seed,
+                start_step=step,
+                fields=self.config.data.fields if diffusion else (),
+                threads=self.config.data.threads,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+
+        return start
+
+    def _epoch(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        return epoch_batches(
+            self.source,
+            latents_lib.transform(self.config),
+            batch_size,
+            threads=self.config.data.threads,
+        )
+
+    def _examples(self, count: int) -> np.ndarray:
+        """The first images of the set, (count, H, W, 3) uint8, without augmentation."""
+        parts, seen = [], 0
+        batches = self._epoch(min(count, 256))
+        for batch in batches:
+            parts.append(batch["image"][batch["valid"]])
+            seen += len(parts[-1])
+            if seen >= count:
+                break
+        batches.close()
+        return np.concatenate(parts)[:count]
+
+
+def _columns(count: int) -> int:
+    """Columns of a grid that is wider than high, and full where that is possible."""
+    best = math.ceil(math.sqrt(count))
+    return next((c for c in range(best, 2 * best + 1) if count % c == 0), best)

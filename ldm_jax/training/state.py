@@ -1,0 +1,27 @@
+"""What one training run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import optax
+
+from ldm_jax.types import Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step reads and writes; the step number is also the whole state of the data.
+
+    Attributes:
+        step: () int32, updates done.
+        params: trained weights, by part of the model.
+        ema_params: moving average of some of them; {} in the first stage, as in the paper.
+        opt_state: of the optimiser.
+    """
+
+    step: Array
+    params: dict[str, Any]
+    ema_params: dict[str, Any]
+    opt_state: optax.OptState

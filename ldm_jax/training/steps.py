@@ -1,0 +1,157 @@
+"""The update steps of both stages, as pure functions of (state, frozen, batch, key)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, images, random
+from ldm_jax.config import latent_channels, latent_size
+from ldm_jax.diffusion.guidance import drop
+from ldm_jax.diffusion.objective import quartile_means
+from ldm_jax.first_stage.losses import autoencoder_loss
+from ldm_jax.training.ema import ema_update
+from ldm_jax.training.optim import learning_rate, make_optimizer
+from ldm_jax.training.state import TrainState
+from ldm_jax.types import Array, Condition
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+Init = Callable[[Array], TrainState]
+
+
+def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
+    """Returns (init, step) that train the first stage on images."""
+    module = builders.build_first_stage(config)
+    c = config.first_stage
+    optimizer, rate = make_optimizer(c.train), learning_rate(c.train)
+
+    def init(key: Array) -> TrainState:
+        size = config.data.resolution
+        example = jnp.zeros((1, size, size, 3))
+        params = module.init(key, example, random.example_keys(key, 1))["params"]
+        params = {"first_stage": params}
+        return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
+
+    def step(
+        state: TrainState, frozen: Any, batch: Batch, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        image = images.to_float(batch["image"])
+        step_key = jax.random.fold_in(key, state.step)
+        keys = random.example_keys(step_key, image.shape[0])
+
+        def loss_fn(params: Any) -> tuple[Array, Metrics]:
+            reconstruction, aux = module.apply(
+                {"params": params["first_stage"]},
+                image,
+                random.fold_in(keys, 0),
+                train=True,
+                rngs={"dropout": jax.random.fold_in(step_key, image.shape[0])},
+            )
+            return autoencoder_loss(
+                reconstruction,
+                image,
+                aux,
+                kind=c.kind,
+                loss=c.loss,
+                kl_weight=c.kl_weight,
+                codebook_weight=c.codebook_weight,
+            )
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+        )
+        return new, {"loss": loss, **metrics, **_shared_metrics(rate, state, grads)}
+
+    return init, step
+
+
+def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
+    """Returns (init, step) that train the denoiser, and its conditioner, on latents.
+
+    `frozen` holds the variables of the first stage. The moving average covers the denoiser only,
+    as in the reference.
+    """
+    first_stage = builders.build_first_stage(config)
+    denoiser = builders.build_denoiser(config)
+    conditioner = builders.build_conditioner(config)
+    objective = builders.build_objective(config)
+    optimizer, rate = make_optimizer(config.train), learning_rate(config.train)
+
+    def init(key: Array) -> TrainState:
+        size, channels = latent_size(config), latent_channels(config)
+        fields = {name: jnp.zeros((1,), jnp.int32) for name in config.data.fields}
+        cond, variables = conditioner.init_with_output(jax.random.fold_in(key, 0), fields)
+        latents = jnp.zeros((1, size, size, channels))
+        params = {
+            "denoiser": denoiser.init(
+                jax.random.fold_in(key, 1), latents, jnp.zeros((1,), jnp.int32), cond
+            )["params"],
+            "conditioner": variables.get("params", {}),
+        }
+        # A copy: the state is donated, and one buffer cannot be donated twice.
+        ema = {"denoiser": jax.tree.map(jnp.copy, params["denoiser"])}
+        return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+
+    def latents_of(frozen: Any, batch: Batch, keys: Array) -> Array:
+        moments = batch.get("moments")
+        if moments is None:
+            image = images.to_float(batch["image"])
+            moments = first_stage.apply(frozen, image, method="moments")
+        return first_stage.apply(frozen, moments, keys, method="sample")
+
+    def condition(params: Any, batch: Batch, keys: Array) -> Condition:
+        variables = {"params": params["conditioner"]}
+        cond = conditioner.apply(variables, batch)
+        if config.cond_drop_rate == 0:
+            return cond
+        null = conditioner.apply(variables, keys.shape[0], method="null")
+        return drop(cond, null, keys, config.cond_drop_rate)
+
+    def step(
+        state: TrainState, frozen: Any, batch: Batch, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        batch_size = jax.tree.leaves(batch)[0].shape[0]
+        step_key = jax.random.fold_in(key, state.step)
+        keys = random.example_keys(step_key, batch_size)
+        z = jax.lax.stop_gradient(latents_of(frozen, batch, random.fold_in(keys, 0)))
+
+        def loss_fn(params: Any) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            cond = condition(params, batch, random.fold_in(keys, 1))
+            rngs = {"dropout": jax.random.fold_in(step_key, batch_size)}
+
+            def predict(x_t: Array, t: Array) -> Array:
+                variables = {"params": params["denoiser"]}
+                return denoiser.apply(variables, x_t, t, cond, train=True, rngs=rngs)
+
+            per_example, aux = objective(predict, z, random.fold_in(keys, 2))
+            return per_example.mean(), (per_example, aux)
+
+        (loss, (per_example, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        averaged = {"denoiser": params["denoiser"]}
+        ema = ema_update(state.ema_params, averaged, state.step + 1, config.ema_decay)
+        new = TrainState(state.step + 1, params, ema, opt_state)
+        quartiles = quartile_means(per_example, aux["t"], config.diffusion.steps)
+        quartiles = {f"loss_{name}": value for name, value in quartiles.items()}
+        return new, {"loss": loss, **quartiles, **_shared_metrics(rate, state, grads)}
+
+    return init, step
+
+
+def _shared_metrics(rate: optax.Schedule, state: TrainState, grads: Any) -> Metrics:
+    return {
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+    }

@@ -1,0 +1,42 @@
+"""Installs ldm_jax: `pip install -e .`"""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ldm_jax",
+    version="0.1.0",
+    description="Latent diffusion models in JAX: training of both stages and sampling",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ldm_jax", "ldm_jax.*"]),
+    package_data={"ldm_jax.data": ["assets/*"]},
+    python_requires=">=3.11",
+    # Lower bounds are those that were tried; upper bounds guard against known API moves.
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12,<0.13",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "ml_collections>=1.1,<2",
+        "clu>=0.0.12,<0.1",
+        "grain>=0.2.18,<0.3",
+        "tensorflow-datasets>=4.9.9,<5",
+        "array_record>=0.8.2,<0.9",
+        "absl-py>=2.1",
+        "numpy>=2.0",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tensorboard>=2.19,<3",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tf": ["tensorflow-cpu>=2.20"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda12": ["jax[cuda12]>=0.10,<0.13"],
+        "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+        "test": ["pytest>=8", "ruff>=0.14"],
+    },
+)

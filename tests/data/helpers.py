@@ -1,0 +1,57 @@
+"""Data made by the tests of this directory."""
+
+import json
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax.errors import UserError
+
+
+def write_image(path, level=0, size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level, level, level)).save(path)
+
+
+def write_metadata(directory, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (directory / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+class Numbers:
+    """Images whose pixels tell the example and the column, with a label."""
+
+    columns = ("label", "text", "ragged")
+    label_names = None
+    num_labels = 3
+
+    def __init__(self, count, broken=None):
+        self.count = count
+        self.broken = broken
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise UserError(f"cannot decode the image {self.name(index)}")
+        image = np.full((6, 10, 3), index, np.uint8)
+        image[..., 1] = np.arange(10)
+        row = {"label": index % 3, "text": f"number {index}", "ragged": [0] * index}
+        return {"image": image, **row}
+
+    def name(self, index):
+        return f"number {index}"
+
+
+def loader_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+
+def assert_threads_end():
+    deadline = time.monotonic() + 5
+    while loader_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not loader_threads()

@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import random
+from ldm_jax.diffusion.guidance import drop, make_denoise
+from ldm_jax.diffusion.schedule import make_schedule
+from ldm_jax.errors import UserError
+from ldm_jax.types import Condition
+
+SCHEDULE = make_schedule(steps=10)
+X_T, T = jnp.full((2, 3), 0.5), jnp.array([3, 7])
+COND = Condition(vector=jnp.array([[1.0], [2.0]]))
+NULL = Condition(vector=jnp.array([[10.0], [20.0]]))
+
+
+def recorder():
+    calls = []
+
+    def apply(x_t, t, cond):
+        calls.append((x_t, t, cond))
+        return x_t * 0 + (0 if cond is None or cond.vector is None else cond.vector[:, :1])
+
+    return apply, calls
+
+
+@pytest.mark.parametrize("null", [None, NULL])
+def test_scale_one_runs_one_half(null):
+    apply, calls = recorder()
+    prediction = make_denoise(apply, SCHEDULE, "eps", COND, null, 1.0)(X_T, T)
+    assert len(calls) == 1 and calls[0][0].shape == (2, 3)
+    np.testing.assert_array_equal(prediction.eps, np.repeat([[1.0], [2.0]], 3, axis=1))
+
+
+@pytest.mark.parametrize("cond", [None, Condition()])
+def test_without_a_condition_a_traced_scale_runs_one_half(cond):
+    apply, calls = recorder()
+    jax.jit(lambda s: make_denoise(apply, SCHEDULE, "eps", cond, cond, s)(X_T, T))(3.0)
+    assert calls[0][0].shape == (2, 3)
+
+
+def test_guided_call_puts_the_unconditional_half_first():
+    apply, calls = recorder()
+    prediction = make_denoise(apply, SCHEDULE, "eps", COND, NULL, 3.0)(X_T, T)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(calls[0][1], [3, 7, 3, 7])
+    np.testing.assert_array_equal(calls[0][2].vector.ravel(), [10, 20, 1, 2])
+    np.testing.assert_allclose(prediction.eps[:, 0], [10 + 3 * (1 - 10), 20 + 3 * (2 - 20)])
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_guidance_acts_alike_on_x0_and_eps(predict):
+    apply, _ = recorder()
+    guided = make_denoise(apply, SCHEDULE, predict, COND, NULL, 2.5)(X_T, T)
+    cond = make_denoise(apply, SCHEDULE, predict, COND)(X_T, T)
+    uncond = make_denoise(apply, SCHEDULE, predict, NULL)(X_T, T)
+    for name in ("x0", "eps"):
+        c, u = getattr(cond, name), getattr(uncond, name)
+        np.testing.assert_allclose(getattr(guided, name), u + 2.5 * (c - u), rtol=1e-5, atol=1e-4)
+
+
+def test_changing_a_traced_scale_does_not_compile_again():
+    apply, calls = recorder()
+    run = jax.jit(lambda s: make_denoise(apply, SCHEDULE, "eps", COND, NULL, s)(X_T, T).eps)
+    np.testing.assert_allclose(run(1.0)[:, 0], [1, 2])
+    np.testing.assert_allclose(run(0.0)[:, 0], [10, 20])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("cond, null", [(COND, None), (None, None), (Condition(), Condition())])
+def test_guidance_without_a_null_condition(cond, null):
+    with pytest.raises(UserError, match="null condition"):
+        make_denoise(recorder()[0], SCHEDULE, "eps", cond, null, 2.0)
+
+
+def full_condition(value, batch_size):
+    return Condition(
+        context=jnp.full((batch_size, 2, 3), value),
+        context_mask=jnp.full((batch_size, 2), value > 0),
+        concat=jnp.full((batch_size, 2, 2, 1), value),
+        vector=jnp.full((batch_size, 5), value),
+    )
+
+
+def test_drop_replaces_every_slot_of_an_example():
+    keys = random.example_keys(jax.random.key(0), 400)
+    out = drop(full_condition(1.0, 400), full_condition(0.0, 400), keys, 0.25)
+    kept = np.asarray(out.vector[:, 0])
+    assert 60 < (kept == 0).sum() < 140  # 100 +- 4.6 sd
+    for leaf in jax.tree.leaves(out):
+        flat = np.asarray(leaf, np.float32).reshape(400, -1)
+        np.testing.assert_array_equal(flat, np.repeat(kept[:, None], flat.shape[1], axis=1))
+    part = drop(full_condition(1.0, 3), full_condition(0.0, 3), keys[5:8], 0.25)
+    np.testing.assert_array_equal(part.vector[:, 0], kept[5:8])
+
+
+@pytest.mark.parametrize("rate, value", [(0.0, 1.0), (1.0, 0.0)])
+def test_drop_nothing_or_everything(rate, value):
+    keys = random.example_keys(jax.random.key(0), 50)
+    out = drop(full_condition(1.0, 50), full_condition(0.0, 50), keys, rate)
+    np.testing.assert_array_equal(out.concat, jnp.full((50, 2, 2, 1), value))
+    assert out.context_mask.dtype == bool
