@@ -28,6 +28,8 @@ def build_first_stage(config: ConfigDict) -> nn.Module:
         depth=c.depth,
         attn_downsample=tuple(c.attn_downsample),
         mid_attn=c.mid_attn,
+        patch=c.patch,
+        norm_groups=c.norm_groups,
         z_channels=c.z_channels,
         channels=c.channels,
         dropout=c.dropout,

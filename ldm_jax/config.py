@@ -61,11 +61,13 @@ def get_config() -> ConfigDict:
             first_stage=dict(
                 kind="vq",  # kl | vq | identity (diffusion on pixels)
                 weights="",  # '' = train it first; or a workdir or an exported folder
-                width=128,  # channels at full resolution; multiples of 32
-                mult=(1, 2, 4),  # channel multiplier per level; downsampling is 2**(levels - 1)
+                width=128,  # channels at full resolution; a multiple of norm_groups
+                mult=(1, 2, 4),  # channel multiplier per level; f = patch * 2**(levels - 1)
                 depth=2,  # residual blocks per encoder level; the decoder has one more
                 attn_downsample=(),  # downsampling factors at which attention is used
                 mid_attn=True,  # attention at the lowest resolution
+                patch=1,  # pixels per side that enter as channels; 1 in the published models
+                norm_groups=32,  # of group normalisation; fewer for narrow networks
                 z_channels=3,  # between encoder and decoder and their 1x1 convolutions
                 channels=3,  # of the latents
                 codes=8192,  # size of the codebook (vq)
@@ -162,7 +164,8 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 
 def downsampling(config: ConfigDict) -> int:
     """Pixels per latent along one side, 1 for the identity first stage."""
-    return 1 if config.first_stage.kind == "identity" else 2 ** (len(config.first_stage.mult) - 1)
+    c = config.first_stage
+    return 1 if c.kind == "identity" else c.patch * 2 ** (len(c.mult) - 1)
 
 
 def latent_size(config: ConfigDict) -> int:
@@ -244,15 +247,19 @@ def check(config: ConfigDict) -> ConfigDict:
         low = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO else None
         if low is not None and flat[key] < low:
             raise UserError(f"config.{key} is {flat[key]}, but must be at least {low}")
-    for key in ("first_stage.width", "denoiser.width"):
-        if flat[key] % 32:
-            raise UserError(f"config.{key} is {flat[key]}, but must be a multiple of 32")
+    for key, groups in (
+        ("first_stage.width", flat["first_stage.norm_groups"]),
+        ("denoiser.width", 32),
+    ):
+        if flat[key] % groups:
+            raise UserError(f"config.{key} is {flat[key]}, but must be a multiple of {groups}")
     _check_sizes(config)
     return config
 
 
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
+_AT_LEAST_ONE |= {"patch", "norm_groups"}
 _AT_LEAST_ONE |= {"num_classes", "transformer_depth"}
 _AT_LEAST_ZERO = {
     "steps",

@@ -31,7 +31,7 @@ from ldm_jax.training.steps import diffusion_functions
 WEIGHTS = "weights.safetensors"
 # What a first stage's weights depend on; how it was trained does not matter to who uses it.
 ARCHITECTURE = ("kind", "width", "mult", "depth", "attn_downsample", "mid_attn", "z_channels")
-ARCHITECTURE += ("channels", "codes")
+ARCHITECTURE += ("channels", "codes", "patch", "norm_groups")
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:

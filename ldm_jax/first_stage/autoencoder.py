@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from ldm_jax.errors import UserError
 from ldm_jax.nn.attention import SelfAttention
-from ldm_jax.nn.layers import Conv, Dense, GroupNorm, along_last
-from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample
+from ldm_jax.nn.layers import GROUPS, Conv, Dense, GroupNorm, along_last
+from ldm_jax.nn.resnet import Downsample, ResBlock, Upsample, depth_to_space, space_to_depth
 from ldm_jax.types import Array
 
 EPSILON = 1e-6
 
 
 class Encoder(nn.Module):
-    """Images to features: (B, H, W, 3) -> (B, H/f, W/f, out_channels), f = 2^(levels - 1).
+    """Images to features: (B, H, W, 3) -> (B, H/f, W/f, out_channels), f = patch * 2^(levels - 1).
 
     `depth` residual blocks per level, single-head attention after each block at the factors
     `attn_downsample` and, with `mid_attn`, in the middle (Esser et al. 2021, table 7).
@@ -30,17 +30,19 @@ class Encoder(nn.Module):
     mid_attn: bool
     out_channels: int
     dropout: float = 0.0
+    patch: int = 1
+    norm_groups: int = GROUPS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        factor = 2 ** (len(self.mult) - 1)
+        factor = self.patch * 2 ** (len(self.mult) - 1)
         if images.shape[1] % factor or images.shape[2] % factor:
             raise UserError(
                 f"this first stage needs image heights and widths that are multiples of {factor}, "
                 f"got {images.shape[1]}x{images.shape[2]}"
             )
-        h = Conv(self.width, dtype=self.dtype, name="conv_in")(images)
+        h = Conv(self.width, dtype=self.dtype, name="conv_in")(space_to_depth(images, self.patch))
         for level, mult in enumerate(self.mult):
             for i in range(self.depth):
                 h = _res(self, f"down_{level}_res_{i}", h, mult * self.width, train)
@@ -49,7 +51,7 @@ class Encoder(nn.Module):
             if level < len(self.mult) - 1:
                 h = Downsample((0, 1), self.dtype, name=f"down_{level}_resample")(h)
         h = _middle(self, h, train)
-        h = nn.silu(GroupNorm(EPSILON, name="norm_out")(h))
+        h = nn.silu(GroupNorm(EPSILON, self.norm_groups, name="norm_out")(h))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h).astype(jnp.float32)
 
 
@@ -65,6 +67,8 @@ class Decoder(nn.Module):
     attn_downsample: Sequence[int]
     mid_attn: bool
     dropout: float = 0.0
+    patch: int = 1
+    norm_groups: int = GROUPS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -78,17 +82,19 @@ class Decoder(nn.Module):
                     h = _attention(self, f"up_{level}_attn_{i}", h)
             if level > 0:
                 h = Upsample(self.dtype, name=f"up_{level}_resample")(h)
-        h = nn.silu(GroupNorm(EPSILON, name="norm_out")(h))
-        return Conv(3, dtype=self.dtype, name="conv_out")(h).astype(jnp.float32)
+        h = nn.silu(GroupNorm(EPSILON, self.norm_groups, name="norm_out")(h))
+        h = Conv(3 * self.patch**2, dtype=self.dtype, name="conv_out")(h)
+        return depth_to_space(h, self.patch).astype(jnp.float32)
 
 
 def _res(net: Encoder | Decoder, name: str, h: Array, channels: int, train: bool) -> Array:
-    block = ResBlock(channels, EPSILON, dropout=net.dropout, dtype=net.dtype, name=name)
-    return block(h, None, train)
+    options = dict(dropout=net.dropout, groups=net.norm_groups, dtype=net.dtype)
+    return ResBlock(channels, EPSILON, **options, name=name)(h, None, train)
 
 
 def _attention(net: Encoder | Decoder, name: str, h: Array) -> Array:
-    return SelfAttention(heads=1, epsilon=EPSILON, dtype=net.dtype, name=name)(h)
+    options = dict(groups=net.norm_groups, dtype=net.dtype)
+    return SelfAttention(heads=1, epsilon=EPSILON, **options, name=name)(h)
 
 
 def _middle(net: Encoder | Decoder, h: Array, train: bool) -> Array:
@@ -135,13 +141,17 @@ class Autoencoder(FirstStage):
 
     Attributes:
         width: channels of the first level.
-        mult: channels of each level as multiples of `width`; f = 2^(len(mult) - 1).
+        mult: channels of each level as multiples of `width`; f = patch * 2^(len(mult) - 1).
         depth: residual blocks per level of the encoder; the decoder has one more.
         attn_downsample: factors at which each residual block is followed by attention.
         mid_attn: whether the middle of encoder and decoder has attention.
         z_channels: channels between encoder and the 1x1 convolution before the bottleneck.
         channels: channels of the latents.
         dropout: rate inside residual blocks, active when `train`; needs the 'dropout' stream.
+        patch: windows of patch x patch pixels enter and leave as channels; the published models
+            have none (1), but the full resolution is where a small autoencoder spends its time.
+        norm_groups: groups of the normalisations, 32 in the published models. Narrow networks need
+            fewer: a group of one channel loses that channel's mean, and colours with it.
         dtype: of the computation; parameters, moments, latents and images are float32.
     """
 
@@ -153,12 +163,15 @@ class Autoencoder(FirstStage):
     channels: int
     mid_attn: bool = True
     dropout: float = 0.0
+    patch: int = 1
+    norm_groups: int = GROUPS
     dtype: jnp.dtype = jnp.float32
 
     def make_networks(self, moments_per_channel: int) -> None:
         """Creates encoder, decoder and the 1x1 convolutions; for `setup` of a subclass."""
         shape = (self.width, self.mult, self.depth, self.attn_downsample, self.mid_attn)
-        rest = dict(dropout=self.dropout, dtype=self.dtype)
+        rest = dict(dropout=self.dropout, patch=self.patch)
+        rest |= dict(norm_groups=self.norm_groups, dtype=self.dtype)
         self.encoder = Encoder(*shape, moments_per_channel * self.z_channels, **rest)
         self.decoder = Decoder(*shape, **rest)
         # Next to the bottleneck: a rounding error here is one of the latents, and they are cheap.

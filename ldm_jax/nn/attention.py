@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.errors import UserError
-from ldm_jax.nn.layers import Dense, GroupNorm, LayerNorm
+from ldm_jax.nn.layers import GROUPS, Dense, GroupNorm, LayerNorm
 from ldm_jax.types import Array
 
 
@@ -31,18 +31,20 @@ class SelfAttention(nn.Module):
         split_qkv_first: the order of the 3C outputs of `qkv`: (q/k/v, head, channel) if True,
             (head, q/k/v, channel) if False, as in most published models.
         zero_init: the output projection starts at zero.
+        groups: of the group normalisation.
     """
 
     heads: int
     epsilon: float
     split_qkv_first: bool = False
     zero_init: bool = False
+    groups: int = GROUPS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.epsilon, name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.epsilon, self.groups, name="norm")(x).reshape(batch, height * width, channels)
         qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
         if self.split_qkv_first:
             qkv = qkv.reshape(batch, height * width, 3, self.heads, -1)

@@ -81,20 +81,21 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over 32 groups of channels: (B, ..., C) -> the same, in float32 inside.
+    """Group normalisation over groups of channels: (B, ..., C) -> the same, in float32 inside.
 
     Statistics are gathered per channel before they are joined per group: a reduction that keeps
     the channel axis is the fast one with channels last.
     """
 
     epsilon: float
+    groups: int = GROUPS
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, channels = x.shape[0], x.shape[-1]
-        if channels % GROUPS:
+        if channels % self.groups:
             raise UserError(
-                f"GroupNorm needs a multiple of {GROUPS} channels, got {channels}: "
+                f"GroupNorm needs a multiple of {self.groups} channels, got {channels}: "
                 "choose `width` and `mult` so that width * mult is a multiple of it"
             )
         scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
@@ -104,11 +105,11 @@ class GroupNorm(nn.Module):
         mean = values.mean(axes, keepdims=True)
         # The derivative of the variance with respect to the mean is zero: stopping it is exact.
         variance = jnp.square(values - jax.lax.stop_gradient(mean)).mean(axes)
-        grouped = mean.reshape(batch, GROUPS, -1)
+        grouped = mean.reshape(batch, self.groups, -1)
         group_mean = grouped.mean(-1, keepdims=True)
         between = jnp.square(grouped - group_mean)
         group_variance = (variance.reshape(grouped.shape) + between).mean(-1, keepdims=True)
-        gain = jax.lax.rsqrt(group_variance + self.epsilon) * scale.reshape(1, GROUPS, -1)
+        gain = jax.lax.rsqrt(group_variance + self.epsilon) * scale.reshape(1, self.groups, -1)
         centre = jnp.broadcast_to(group_mean, grouped.shape).reshape(mean.shape)
         y = (values - centre) * gain.reshape(mean.shape) + along_last(bias, x.ndim)
         return y.astype(x.dtype)

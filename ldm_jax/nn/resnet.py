@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import Conv, Dense, Dropout, GroupNorm
+from ldm_jax.nn.layers import GROUPS, Conv, Dense, Dropout, GroupNorm
 from ldm_jax.types import Array
 
 
@@ -23,6 +23,20 @@ def repeat_pixels(x: Array) -> Array:
 
 
 RESAMPLE = {"down": average_pool, "up": repeat_pixels}
+
+
+def space_to_depth(x: Array, size: int) -> Array:
+    """Moves size x size windows into the channels: (B, H, W, C) -> (B, H/s, W/s, s*s*C)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // size, width // size, -1)
+
+
+def depth_to_space(x: Array, size: int) -> Array:
+    """The inverse of `space_to_depth`: (B, h, w, s*s*C) -> (B, h*s, w*s, C)."""
+    batch, height, width, _ = x.shape
+    x = x.reshape(batch, height, width, size, size, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * size, width * size, -1)
 
 
 class Downsample(nn.Module):
@@ -59,6 +73,7 @@ class ResBlock(nn.Module):
             added before it (Dhariwal & Nichol 2021, AdaGN).
         resample: None, 'down' or 'up': both branches are resampled by a factor of 2.
         zero_init: the last convolution starts at zero, so that the block starts as its skip.
+        groups: of both group normalisations.
     """
 
     channels: int
@@ -67,11 +82,12 @@ class ResBlock(nn.Module):
     resample: str | None = None
     dropout: float = 0.0
     zero_init: bool = False
+    groups: int = GROUPS
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array | None, train: bool) -> Array:
-        h = nn.silu(GroupNorm(self.epsilon, name="norm_0")(x))
+        h = nn.silu(GroupNorm(self.epsilon, self.groups, name="norm_0")(x))
         if self.resample:
             h, x = RESAMPLE[self.resample](h), RESAMPLE[self.resample](x)
         h = Conv(self.channels, dtype=self.dtype, name="conv_0")(h)
@@ -83,7 +99,7 @@ class ResBlock(nn.Module):
             shift = shift[:, None, None, :]
         if shift is not None and not self.scale_shift:
             h = h + shift
-        h = GroupNorm(self.epsilon, name="norm_1")(h)
+        h = GroupNorm(self.epsilon, self.groups, name="norm_1")(h)
         if shift is not None and self.scale_shift:
             scale, shift = jnp.split(shift, 2, axis=-1)
             h = h * (1.0 + scale) + shift

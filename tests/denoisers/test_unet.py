@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_utils import load, quick_jit
 
 from ldm_jax.convert import compvis
@@ -43,9 +43,16 @@ FIELDS = {
     "conv_resample": "conv_resample",
     "use_new_attention_order": "split_qkv_first",
 }
-TINY = UNet(width=32, out_channels=3, mult=(1, 2), depth=1, attn_downsample=(2,), head_dim=32)
+TINY = UNet(width=32, out_channels=3, mult=(1,), depth=1, attn_downsample=(1,), head_dim=32)
 TINY_CROSS = dataclasses.replace(TINY, cross_attention=True)
-X, T = np.zeros((2, 8, 8, 3), np.float32), np.array([3, 700])
+T = np.array([3, 700])
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+X = normal(0, 2, 8, 8, 3)
 
 
 def from_config(config: dict) -> UNet:
@@ -63,15 +70,19 @@ def block_outputs(net: UNet) -> dict[str, str]:
 
 @functools.partial(quick_jit, static_argnums=0)
 def evaluate(net, params, x, t, cond, cotangent):
-    """Gradients of sum(out * cotangent) for params and x, the output and block outputs."""
+    """Gradients of sum(out * cotangent) for params and x, the output and block outputs.
+
+    Channels of x beyond the cotangent's go through the slot `concat`.
+    """
 
     def scalar(params, x):
-        wanted = set(block_outputs(net).values())
+        wanted, channels = set(block_outputs(net).values()), cotangent.shape[-1]
+        joined = cond.replace(concat=x[..., channels:] if x.shape[-1] > channels else None)
         out, state = net.apply(
             {"params": params},
-            x,
+            x[..., :channels],
             t,
-            cond,
+            joined,
             capture_intermediates=lambda module, method: module.name in wanted,
             mutable=["intermediates"],
         )
@@ -82,9 +93,13 @@ def evaluate(net, params, x, t, cond, cotangent):
 
 def randomised(net, x, cond):
     """Params of the net with nothing left at zero, so that the output depends on all of it."""
-    params = quick_jit(net.init)(jax.random.key(0), x, T[: len(x)], cond)["params"]
-    rng = np.random.RandomState(0)
-    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape).astype(np.float32), params)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x, T, cond)["params"]
+    rng, flat = np.random.RandomState(0), flatten_dict(shapes)
+    for path, shape in flat.items():
+        spread = 1 / np.sqrt(np.prod(shape.shape[:-1])) if path[-1] == "kernel" else 0.1
+        value = spread * rng.standard_normal(shape.shape) + (path[-1] == "scale")
+        flat[path] = value.astype(shape.dtype)
+    return unflatten_dict(flat)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
@@ -105,21 +120,6 @@ def test_matches_the_original(name):
     for theirs, ours in block_outputs(net).items():
         golden.check(theirs, blocks[ours]["__call__"][0])
     golden.check_gradients(compvis.unet_from_flax(grad_params, net), skip=[compvis.LABEL_EMBEDDING])
-
-
-def test_concat_slot_is_joined_behind_x_t():
-    golden = load("unet_concat")
-    net, x = from_config(golden.meta["config"]), golden.nhwc("in.x")
-    params = compvis.unet_to_flax(golden.weights(), net)
-    _, (out, _) = evaluate(
-        net,
-        params,
-        x[..., :3],
-        golden["in.t"],
-        Condition(concat=x[..., 3:]),
-        golden.nhwc("in.cotangent"),
-    )
-    golden.check("out", out)
 
 
 def test_parameter_count_of_lsun_bedrooms():
@@ -158,55 +158,44 @@ def params_at(params, layer):
 
 
 def test_context_mask_equals_a_shorter_context():
-    rng = np.random.RandomState(1)
-    context = rng.standard_normal((2, 6, 8)).astype(np.float32)
-    x = rng.standard_normal(X.shape).astype(np.float32)
-    mask = np.arange(6)[None, :] < np.array([[4], [4]])
-    params = randomised(TINY_CROSS, x, Condition(context=context))
-    apply = quick_jit(TINY_CROSS.apply)
-    full = apply({"params": params}, x, T, Condition(context=context))
-    masked = apply({"params": params}, x, T, Condition(context=context, context_mask=mask))
-    short = apply({"params": params}, x, T, Condition(context=context[:, :4]))
+    context, keep = normal(1, 2, 6, 8), np.tile(np.arange(6) < 4, (2, 1))
+    params = randomised(TINY_CROSS, X, Condition(context=context))
+    apply = quick_jit(lambda cond: TINY_CROSS.apply({"params": params}, X, T, cond))
+    full = apply(Condition(context=context, context_mask=np.ones_like(keep)))
+    masked = apply(Condition(context=context, context_mask=keep))
+    short = apply(Condition(context=context[:, :4]))
     np.testing.assert_allclose(masked, short, atol=2e-5)
     assert np.abs(full - short).max() > 1e-2
 
 
 def test_bfloat16_keeps_params_and_output_in_float32():
     net = dataclasses.replace(TINY, dtype=jnp.bfloat16)
-    x = np.random.RandomState(2).standard_normal(X.shape).astype(np.float32)
-    params = randomised(net, x, Condition())
-    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    low = quick_jit(net.apply)({"params": params}, x, T, Condition())
-    full = quick_jit(TINY.apply)({"params": params}, x, T, Condition())
+    params = randomised(net, X, Condition())
+    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    low = quick_jit(net.apply)({"params": params}, X, T, Condition())
+    full = quick_jit(TINY.apply)({"params": params}, X, T, Condition())
     assert low.dtype == jnp.float32
     assert 0 < np.sqrt(np.mean((low - full) ** 2)) < 0.05 * np.sqrt(np.mean(full**2))
 
 
 def test_remat_changes_no_parameter_and_no_gradient():
-    cond = Condition(context=np.random.RandomState(4).standard_normal((2, 3, 8)).astype(np.float32))
-    x = np.random.RandomState(3).standard_normal(X.shape).astype(np.float32)
-    plain = dataclasses.replace(TINY_CROSS, mult=(1,), attn_downsample=(), dropout=0.1)
-    remat = dataclasses.replace(plain, remat=True)
-    params = randomised(plain, x, cond)
+    cond = Condition(context=normal(2, 2, 3, 8))
+    plain = dataclasses.replace(TINY_CROSS, attn_downsample=(), dropout=0.1)
+    params = randomised(plain, X, cond)
 
-    @functools.partial(quick_jit, static_argnums=0)
-    def gradient(net, params):
+    def loss(params, net):
         rngs = {"dropout": jax.random.key(1)}
-        out = lambda p: net.apply({"params": p}, x, T, cond, train=True, rngs=rngs)  # noqa: E731
-        return jax.grad(lambda p: jnp.square(out(p)).sum())(params)
+        return jnp.square(net.apply({"params": params}, X, T, cond, train=True, rngs=rngs)).sum()
 
-    for a, b in zip(
-        jax.tree.leaves(gradient(plain, params)),
-        jax.tree.leaves(gradient(remat, params)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    gradient = quick_jit(jax.grad(loss), static_argnums=1)
+    want, got = (gradient(params, dataclasses.replace(plain, remat=r)) for r in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), want, got)
 
 
 @pytest.mark.parametrize(
     ("net", "shape", "cond", "message"),
     [
-        (TINY, (2, 7, 8, 3), Condition(), "multiples of 2, got 7x8"),
+        (dataclasses.replace(TINY, mult=(1, 2)), (2, 7, 8, 3), Condition(), "of 2, got 7x8"),
         (TINY_CROSS, X.shape, Condition(), "no context"),
         (TINY, X.shape, Condition(context=jnp.zeros((2, 1, 8))), "cross_attention=True"),
         (TINY, X.shape, Condition(vector=jnp.zeros((2, 64))), "must be 128 wide"),
@@ -220,12 +209,11 @@ def test_input_that_does_not_fit_is_refused(net, shape, cond, message):
         jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(2), cond)
 
 
-def test_fractional_times_lie_between_their_neighbours():
-    x = np.random.RandomState(5).standard_normal((3, 8, 8, 3)).astype(np.float32)
-    net = dataclasses.replace(TINY, mult=(1,), attn_downsample=())
-    params = randomised(net, x[:2], Condition())
-    t = np.array([10.0, 10.5, 11.0], np.float32)
-    out = quick_jit(net.apply)({"params": params}, x[:1].repeat(3, 0), t, Condition())
-    np.testing.assert_allclose(
-        out[1], (out[0] + out[2]) / 2, atol=0.2 * np.abs(out[0] - out[2]).max()
-    )
+def test_times_may_be_fractions():
+    net = dataclasses.replace(TINY, attn_downsample=())
+    params = randomised(net, X, Condition())
+    apply = quick_jit(lambda t: net.apply({"params": params}, X[:1].repeat(3, 0), t, Condition()))
+    low, middle, high = apply(np.array([10.0, 10.5, 11.0], np.float32))
+    assert np.abs(middle - low).max() > 0
+    difference = np.abs(high - low).max()
+    np.testing.assert_allclose(middle, (low + high) / 2, atol=0.2 * difference)
