@@ -35,7 +35,9 @@ def build_first_stage(config: ConfigDict) -> nn.Module:
         dropout=c.dropout,
         dtype=jnp.dtype(c.train.dtype),
     )
-    return VQModel(codes=c.codes, **shared) if c.kind == "vq" else AutoencoderKL(**shared)
+    if c.kind == "vq":
+        return VQModel(codes=c.codes, **shared)
+    return AutoencoderKL(log_variance=c.log_variance, **shared)
 
 
 def build_denoiser(config: ConfigDict) -> nn.Module:

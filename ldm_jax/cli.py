@@ -66,6 +66,15 @@ def _help(main: Callable[[], int | None]) -> str:
     return f"{(module.__doc__ or '').strip()}\n\n{own}"
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in ~/.cache/ldm_jax, unless JAX_COMPILATION_CACHE_DIR says where."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        path = os.path.join(os.path.expanduser("~"), ".cache", "ldm_jax")
+        jax.config.update("jax_compilation_cache_dir", path)
+
+
 def define_config_flag() -> flags.FlagHolder:
     """Defines --config=FILE.py[:smoke] with --config.a.b=value overrides."""
     return config_flags.DEFINE_config_file(

@@ -27,6 +27,7 @@ def _train_block(**changes: Any) -> ConfigDict:
             lr=1e-4,  # peak learning rate, absolute (not scaled by batch or devices)
             lr_decay="constant",  # after the warm-up: constant | cosine (to zero at `steps`)
             warmup_steps=0,  # linear warm-up from zero
+            optimizer="adamw",  # adamw (the paper's) | muon
             betas=(0.9, 0.999),  # of Adam
             weight_decay=0.0,  # decoupled, as in AdamW
             grad_clip=0.0,  # largest global gradient norm; 0 = no clipping
@@ -73,6 +74,7 @@ def get_config() -> ConfigDict:
                 codes=8192,  # size of the codebook (vq)
                 dropout=0.0,
                 loss="l1",  # reconstruction: l1 | l2
+                log_variance=0.0,  # at which the posterior's starts; low in short runs (kl)
                 kl_weight=1e-6,  # of the KL term, summed over C, h, w (kl)
                 codebook_weight=1.0,  # of the codebook and commitment term (vq)
                 # Latents are multiplied by: stored (what the first stage holds; 1 if just
@@ -134,17 +136,20 @@ def get_config() -> ConfigDict:
 def shrink(config: ConfigDict) -> ConfigDict:
     """Returns the config at toy size on the embedded images: the same code path in seconds.
 
-    The levels of both networks, their attention and the objective stay; widths, depth, steps and
-    resolution fall. The resolution is the least that all levels of both networks divide.
+    Objective, conditioning and kinds of blocks stay. Each network keeps two levels, since compiling
+    deep ones takes longer than running them; widths, steps and resolution fall.
     """
     c = ConfigDict(config).copy_and_resolve_references()
-    factor = downsampling(c) * 2 ** (len(c.denoiser.mult) - 1)
     if not c.data.source.startswith("emoji"):
         c.data.update(source="emoji", split="train", where="", label="label")
-    c.data.update(resolution=max(factor, 32), crop="center", threads=2)
-    c.first_stage.update(width=32, depth=1, codes=min(c.first_stage.codes, 64))
+    c.data.update(resolution=32, crop="center", threads=2)
+    c.first_stage.update(width=32, depth=1, mult=c.first_stage.mult[:2], norm_groups=8)
+    c.first_stage.update(codes=min(c.first_stage.codes, 64))
     c.first_stage.update(stats_images=min(c.first_stage.stats_images or 64, 64))
-    c.denoiser.update(width=32, depth=1)
+    c.denoiser.update(width=32, depth=1, mult=c.denoiser.mult[:2])
+    for network in (c.first_stage, c.denoiser):
+        reached = tuple(factor for factor in network.attn_downsample if factor <= 2)
+        network.attn_downsample = reached or ((2,) if network.attn_downsample else ())
     c.label.width = 4 * c.denoiser.width if c.label.slot == "vector" else 32
     for block in (c.first_stage.train, c.train):
         block.update(batch_size=8, steps=2, warmup_steps=min(block.warmup_steps, 1))
@@ -276,6 +281,8 @@ _CHOICES = {
     "first_stage.loss": ("l1", "l2"),
     "first_stage.train.dtype": DTYPES,
     "train.dtype": DTYPES,
+    "first_stage.train.optimizer": ("adamw", "muon"),
+    "train.optimizer": ("adamw", "muon"),
     "first_stage.train.lr_decay": ("constant", "cosine"),
     "train.lr_decay": ("constant", "cosine"),
     "label.slot": ("context", "vector"),

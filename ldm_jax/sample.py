@@ -38,6 +38,7 @@ def main() -> None:
     from ldm_jax import images
     from ldm_jax.workdir import load
 
+    cli.use_compilation_cache()
     pipe = load(_WORKDIR.value)
     seeds = list(range(_SEED.value, _SEED.value + _NUM_SAMPLES.value))
     condition = _condition(pipe, len(seeds))

@@ -29,6 +29,7 @@ def main() -> None:
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     from ldm_jax.training.run import run  # imports jax: bad flags are answered before that
 
+    cli.use_compilation_cache()
     run(config, workdir, allow_config_change=_ALLOW_CHANGE.value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -167,7 +167,7 @@ class Autoencoder(FirstStage):
     norm_groups: int = GROUPS
     dtype: jnp.dtype = jnp.float32
 
-    def make_networks(self, moments_per_channel: int) -> None:
+    def make_networks(self, moments_per_channel: int, bias_init: Callable | None = None) -> None:
         """Creates encoder, decoder and the 1x1 convolutions; for `setup` of a subclass."""
         shape = (self.width, self.mult, self.depth, self.attn_downsample, self.mid_attn)
         rest = dict(dropout=self.dropout, patch=self.patch)
@@ -175,7 +175,7 @@ class Autoencoder(FirstStage):
         self.encoder = Encoder(*shape, moments_per_channel * self.z_channels, **rest)
         self.decoder = Decoder(*shape, **rest)
         # Next to the bottleneck: a rounding error here is one of the latents, and they are cheap.
-        self.quant_conv = Dense(moments_per_channel * self.channels)
+        self.quant_conv = Dense(moments_per_channel * self.channels, bias_init=bias_init)
         self.post_quant_conv = Dense(self.z_channels)
         self.make_latent_scale(self.channels)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ldm_jax import random
 from ldm_jax.first_stage.autoencoder import Autoencoder
+from ldm_jax.nn.layers import uniform_fan_in
 from ldm_jax.types import Array
 
 
@@ -48,10 +49,22 @@ def negative_log_likelihood(moments: Array, sample: Array) -> Array:
 
 
 class AutoencoderKL(Autoencoder):
-    """KL-regularised autoencoder; the fields are those of `Autoencoder`, M = 2C."""
+    """KL-regularised autoencoder: the fields of `Autoencoder`, M = 2C, and
+
+    Attributes:
+        log_variance: where the posterior's log-variance starts. The published models start near 0,
+            where the noise drowns the latents until the encoder has learnt to shout; a short run
+            cannot afford that.
+    """
+
+    log_variance: float = 0.0
 
     def setup(self) -> None:
-        self.make_networks(moments_per_channel=2)
+        def bias(key: Array, shape: tuple[int], dtype: jnp.dtype) -> Array:
+            start = uniform_fan_in(2 * self.z_channels)(key, shape, dtype)
+            return start.at[self.channels :].add(self.log_variance)
+
+        self.make_networks(moments_per_channel=2, bias_init=bias)
 
     def sample(self, moments: Array, keys: Array) -> Array:
         """Draws scaled latents (B, h, w, C) from moments (B, h, w, 2C) with (B,) keys."""

@@ -41,7 +41,7 @@ def quantise(z: Array, codebook: Array, beta: float, legacy_beta: bool) -> Quant
     both are means over an example's elements.
     """
     codes = nearest_codes(jax.lax.stop_gradient(z), codebook)
-    entries = codebook[codes]
+    entries = jnp.take(codebook, codes, axis=0)
     commitment = jnp.square(jax.lax.stop_gradient(entries) - z).mean((1, 2, 3))
     movement = jnp.square(entries - jax.lax.stop_gradient(z)).mean((1, 2, 3))
     loss = commitment + beta * movement if legacy_beta else beta * commitment + movement
@@ -82,7 +82,7 @@ class VQModel(Autoencoder):
         """Scaled latents (B, h, w, C) -> images (B, H, W, 3) float32, not clipped."""
         z = self.unscaled(latents)
         if quantize:
-            z = self.codebook[nearest_codes(z, self.codebook)]
+            z = jnp.take(self.codebook, nearest_codes(z, self.codebook), axis=0)
         return self.decode_unscaled(z)
 
     def autoencode(

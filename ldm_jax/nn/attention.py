@@ -44,7 +44,9 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.epsilon, self.groups, name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.epsilon, self.groups, name="norm")(x).reshape(
+            batch, height * width, channels
+        )
         qkv = Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
         if self.split_qkv_first:
             qkv = qkv.reshape(batch, height * width, 3, self.heads, -1)

@@ -43,6 +43,7 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     zero_init: bool = False
+    bias_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -53,7 +54,7 @@ class Dense(nn.Module):
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contract)
         if self.use_bias:
-            bias = self.param("bias", init, (self.features,), jnp.float32)
+            bias = self.param("bias", self.bias_init or init, (self.features,), jnp.float32)
             y = y + along_last(bias.astype(self.dtype), y.ndim)
         return y
 

@@ -72,15 +72,15 @@ def fit(
         in_shardings=(everywhere, everywhere, batch_sharding(mesh), everywhere),
         out_shardings=everywhere,
     )
-    due = lambda step, every: every and (step % every == 0 or step == block.steps)  # noqa: E731
     batches = to_device(batches_from(start), batch_sharding(mesh))
     try:
         for step in range(start + 1, block.steps + 1):
             state, metrics = step_fn(state, frozen, next(batches), step_key)
             progress.step(metrics)
-            if due(step, block.log_every) or interrupts.requested:
+            last = step == block.steps or interrupts.requested
+            if last or step % block.log_every == 0:
                 writer.write(step, progress.report(step, batches.wait_seconds))
-            if due(step, block.checkpoint_every) or interrupts.requested:
+            if last or step % block.checkpoint_every == 0:
                 checkpoints.save(state)
             if interrupts.requested:
                 checkpoints.wait()
@@ -88,7 +88,7 @@ def fit(
                     f"saved {stage.name} at step {step} of {block.steps}; "
                     "the same command goes on from here"
                 )
-            if due(step, block.picture_every):
+            if block.picture_every and step % block.picture_every == 0:
                 writer.write_image(step, stage.name, stage.picture(state, step))
     finally:
         batches.close()
@@ -104,7 +104,9 @@ def restore_or_init(
     """Returns the newest checkpoint's state, or a fresh one."""
     init = functools.partial(stage.init, jax.random.fold_in(key, 0))
     if checkpoints.latest_step() is None:
-        return jax.jit(init, out_shardings=sharding)()
+        # It runs once: optimising its code would take longer than running it.
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)()
     state = checkpoints.restore(abstract_like(jax.eval_shape(init), sharding))
     print(f"{stage.name}: resuming at step {int(state.step)} from {checkpoints.directory}")
     return jax.device_put(state, sharding)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 
@@ -20,10 +24,38 @@ def learning_rate(block: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with decay on every parameter, as torch.optim.AdamW does by default."""
-    adamw = optax.adamw(
-        learning_rate(block), *block.betas, eps=1e-8, weight_decay=block.weight_decay
-    )
+    """AdamW as torch.optim.AdamW is by default, or Muon (Jordan 2024), as the config says.
+
+    Weight decay falls on every parameter. Muon orthogonalises the updates of matrices and
+    convolutions, whose scale differs from Adam's: `lr` is theirs, and Adam moves the biases and
+    norms at a fifth of it.
+    """
+    rate = learning_rate(block)
+    if block.optimizer == "muon":
+        optimizer = optax.contrib.muon(
+            rate,
+            weight_decay=block.weight_decay,
+            adam_b1=block.betas[0],
+            adam_b2=block.betas[1],
+            adam_weight_decay=block.weight_decay,
+            adam_learning_rate=lambda step: 0.2 * rate(step),
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        optimizer = optax.adamw(rate, *block.betas, eps=1e-8, weight_decay=block.weight_decay)
     if block.grad_clip > 0:
-        return optax.chain(optax.clip_by_global_norm(block.grad_clip), adamw)
-    return adamw
+        return optax.chain(optax.clip_by_global_norm(block.grad_clip), optimizer)
+    return optimizer
+
+
+def _matrices(params: Any) -> Any:
+    """Tells Muon how each kernel is a matrix: all axes but the last are its input."""
+
+    def numbers(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        # Rows of an embedding or a codebook are looked up, not multiplied with.
+        if leaf.ndim < 2 or path[-1].key != "kernel":
+            return None
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, (leaf.ndim - 1,))
+
+    return jax.tree_util.tree_map_with_path(numbers, params)

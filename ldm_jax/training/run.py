@@ -133,9 +133,11 @@ class _Run:
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         """A trained first stage's variables, with latents that are not scaled yet."""
+        return {"params": state.params["first_stage"], "latents": self._unscaled()}
+
+    def _unscaled(self) -> dict[str, np.ndarray]:
         channels = config_lib.latent_channels(self.config)
-        latents = {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
-        return {"params": state.params["first_stage"], "latents": latents}
+        return {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
 
     def _measure(self, frozen: dict[str, Any]) -> dict[str, Any]:
         config = self.config
@@ -219,9 +221,10 @@ class _Run:
             paths.append(self.workdir / "samples" / "final_nearest.png")
             pairs = images.pairs_grid(samples, references[indices], columns=_columns(len(samples)))
             images.save_png(paths[1], pairs)
+            middle, least = np.median(distances), distances.min()
             print(
-                f"nearest of {count} training images (and mirrored): root mean square difference "
-                f"{np.median(distances):.1f} grey levels in the median, {distances.min():.1f} at least"
+                f"nearest of {count} training images: root mean square difference {middle:.1f} "
+                f"grey levels in the median, {least:.1f} at least"
             )
         return paths
 

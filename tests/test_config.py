@@ -1,0 +1,73 @@
+"""The default config: complete, locked, and refusing what cannot work."""
+
+import pytest
+
+from ldm_jax import config as config_lib
+from ldm_jax.errors import UserError
+
+
+def misspelt(key: str) -> str:
+    return key[:-1] + ("x" if key[-1] != "x" else "y")
+
+
+@pytest.mark.parametrize("key", sorted(config_lib.flatten(config_lib.get_config())))
+def test_every_misspelt_key_is_refused(key):
+    config = config_lib.get_config()
+    with pytest.raises((KeyError, AttributeError)):
+        config.update_from_flattened_dict({misspelt(key): 1})
+    flat = config_lib.to_json(config).replace(f'"{key.split(".")[-1]}"', f'"{misspelt(key)}"')
+    with pytest.raises(UserError, match="unknown config key"):
+        config_lib.from_json(flat.replace(misspelt(key), misspelt(key.split(".")[-1])))
+
+
+@pytest.mark.parametrize("key", sorted(config_lib.flatten(config_lib.get_config())))
+def test_every_wrong_type_is_refused(key):
+    config = config_lib.get_config()
+    value = config_lib.flatten(config)[key]
+    wrong = 3 if isinstance(value, str | list) else "three"
+    with pytest.raises((TypeError, UserError)):
+        config.update_from_flattened_dict({key: wrong})
+        config_lib.check(config)
+
+
+def test_json_round_trip_keeps_everything():
+    config = config_lib.shrink(config_lib.get_config())
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.differences(config, again) == []
+    assert again.to_dict() == config.to_dict()
+    assert again.is_locked
+
+
+def test_differences_name_the_key_and_both_values():
+    ours, theirs = config_lib.get_config(), config_lib.get_config()
+    theirs.train.lr = 1e-3
+    assert config_lib.differences(ours, theirs) == ["train.lr: 9.6e-05 -> 0.001"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.resolution": 100}, "choose a multiple of 32"),
+        ({"denoiser.width": 33}, "multiple of 32"),
+        ({"sample.steps": 1001}, "from 1 to 1000"),
+        ({"sample.steps": 0}, "from 1 to 1000"),
+        ({"train.batch_size": 0}, "at least 1"),
+        ({"train.dtype": "float16"}, "choose from float32, bfloat16"),
+        ({"first_stage.kind": "gan"}, "choose from kl, vq, identity"),
+        ({"first_stage.latent_scale": "big"}, "stored, first_batch"),
+        ({"conditioners": ("text",)}, "choose from label"),
+        ({"conditioners": ("label",)}, "add it to config.data.fields"),
+        ({"denoiser.cross_attention": True}, "needs a conditioner"),
+        ({"data.cache_latents": True, "data.crop": "random"}, "crop='center'"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(change, message):
+    config = config_lib.get_config()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=message):
+        config_lib.check(config)
+
+
+def test_argument_other_than_smoke_is_refused():
+    with pytest.raises(UserError, match="'smoke'"):
+        config_lib.finish(config_lib.get_config(), "smok")
