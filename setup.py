@@ -26,6 +26,7 @@ setup(
         "tensorflow-datasets>=4.9.9,<5",
         "array_record>=0.8.2,<0.9",
         "absl-py>=2.1",
+        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
         "numpy>=2.0",
         "pillow>=11",
         "safetensors>=0.5",

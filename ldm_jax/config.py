@@ -221,9 +221,10 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-    """Lists the keys in which two configs differ as 'key: ours -> theirs' lines."""
+    """Lists the keys in which two configs differ, as 'key: ours -> theirs'; names do not count."""
     a, b = flatten(ours), flatten(theirs)
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+    keys = sorted(key for key in a | b if a.get(key) != b.get(key) and key != "name")
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in keys]
 
 
 def _suggest(key: str, known: Any) -> str:

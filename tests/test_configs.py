@@ -53,7 +53,6 @@ def test_builds(path, arg):
 def test_first_stage_has_the_published_size(name, kind):
     config = load(next(path for path in CONFIGS if path.stem == name))
     state = jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
-    # The published counts include the discriminator's loss networks only where they are named.
     assert count(state.params) == FIRST_STAGES[kind]
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 from test_configs import CONFIGS, load
 
 import ldm_jax
+from ldm_jax.data.transforms import Draw
 from ldm_jax.errors import UserError
-from ldm_jax.training.run import run
+from ldm_jax.training.latents import transform
+from ldm_jax.training.run import open_data, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = next(path for path in CONFIGS if path.stem == "quickstart")
@@ -32,6 +34,13 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pipe(workdir):
     return ldm_jax.load(workdir)
+
+
+def training_images(pipe, count=16):
+    source = open_data(pipe.config)
+    return np.stack(
+        [transform(pipe.config).apply(source[i], Draw())["image"] for i in range(count)]
+    )
 
 
 def command(module: str, *args: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -76,22 +85,11 @@ def test_a_finished_run_trains_nothing_again(workdir):
 
 
 def test_latents_have_the_asked_for_scale(pipe):
-    source = ldm_jax_images(pipe)
+    source = training_images(pipe)
     latents = np.asarray(pipe.encode(source))
     # The mode varies less than a sample; at toy size the posterior's noise is most of the latent.
     assert latents.shape == (len(source), *pipe.latent_shape)
     assert np.isfinite(latents).all() and latents.std() < 1.5
-
-
-def ldm_jax_images(pipe, count=16):
-    from ldm_jax.data.transforms import Draw
-    from ldm_jax.training.latents import transform
-    from ldm_jax.training.run import open_data
-
-    source = open_data(pipe.config)
-    return np.stack(
-        [transform(pipe.config).apply(source[i], Draw())["image"] for i in range(count)]
-    )
 
 
 def test_sample_shapes_and_types(pipe):
@@ -137,7 +135,7 @@ def test_parts_fit_together(pipe):
     raw = pipe.denoise(z, np.array([10, 20], np.int32), cond)
     assert raw.shape == z.shape and raw.dtype == np.float32
     # uint8 and the same image as floats are the same to the encoder
-    image = ldm_jax_images(pipe, 2)
+    image = training_images(pipe, 2)
     floats = image.astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(pipe.encode(image), pipe.encode(floats), atol=1e-5)
 
@@ -247,7 +245,7 @@ def test_a_workdir_without_a_checkpoint_is_refused(workdir, tmp_path):
 def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path):
     config = load(QUICKSTART, "smoke")
     config.train.batch_size = 12
-    with pytest.raises(UserError, match="train.batch_size is 12, which 8 devices do not divide"):
+    with pytest.raises(UserError, match=r"train\.batch_size is 12, which 8 devices do not divide"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -262,7 +260,7 @@ def test_first_stage_of_another_run_is_used(workdir, tmp_path):
     assert (ours / name).read_bytes() == (theirs / name).read_bytes()
     assert not (ours / "checkpoints").exists()
     config.first_stage.channels = 3
-    with pytest.raises(UserError, match="first_stage.channels is 3, but .* has"):
+    with pytest.raises(UserError, match=r"first_stage\.channels is 3, but .* has"):
         run(config, tmp_path / "other")
 
 

@@ -306,7 +306,7 @@ def first_stage_to_flax(state_dict: StateDict, module: nn.Module) -> dict:
     Raises:
         UserError: names are missing, unexpected or of the wrong shape; lists them.
     """
-    size = 2 ** (len(module.mult) - 1)
+    size = module.patch * 2 ** (len(module.mult) - 1)
     images, keys = jnp.zeros((1, size, size, 3)), jax.random.split(jax.random.key(0), 1)
     abstract = flatten_dict(jax.eval_shape(module.init, keys[0], images, keys)["params"])
     return to_flax(state_dict, make_table(first_stage_layers(module), abstract), abstract)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -41,7 +42,9 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             name = signal.Signals(number).name
-            print(f"\n{name}: saving after the step in progress ...", flush=True)
+            # Not print: the signal may have come in the middle of one, which must not be entered
+            # again.
+            os.write(2, f"\n{name}: saving after the step in progress ...\n".encode())
         self.requested = True
 
     def check(self, place: str) -> None:

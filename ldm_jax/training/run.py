@@ -173,17 +173,16 @@ class _Run:
         pipe: list[Pipeline] = []
 
         def update(state: TrainState) -> Pipeline:
-            variables = {
-                "first_stage": frozen,
+            weights = {
                 "denoiser": state.ema_params["denoiser"],
                 "conditioner": state.params["conditioner"],
             }
-            number = int(state.step)
             if not pipe:
-                pipe.append(Pipeline(config, variables, number, self.source.label_names))
+                variables = weights | {"first_stage": frozen}
+                pipe.append(Pipeline(config, variables, 0, self.source.label_names))
             # The state's buffers are given to the next step, so the pipeline is only good until
             # then, unless this is the last one.
-            pipe[0].variables, pipe[0].step = variables, number
+            pipe[0].variables, pipe[0].step = pipe[0].variables | weights, int(state.step)
             return pipe[0]
 
         def picture(state: TrainState, number: int) -> pathlib.Path:
