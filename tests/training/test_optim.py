@@ -1,0 +1,66 @@
+"""Optimisers and their schedules, against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax import config as config_lib
+from ldm_jax.training.optim import learning_rate, make_optimizer
+
+
+def block(**changes):
+    train = config_lib.get_config().train
+    train.update(**changes)
+    return train
+
+
+def test_schedules():
+    constant = learning_rate(block(lr=0.1))
+    assert float(constant(0)) == float(constant(10**6)) == pytest.approx(0.1)
+    warm = learning_rate(block(lr=0.1, warmup_steps=10))
+    np.testing.assert_allclose([warm(0), warm(5), warm(10), warm(99)], [1e-7, 0.05, 0.1, 0.1], 1e-5)
+    cosine = learning_rate(block(lr=0.1, warmup_steps=10, steps=110, lr_decay="cosine"))
+    np.testing.assert_allclose([cosine(10), cosine(60), cosine(110)], [0.1, 0.05, 0.0], atol=1e-7)
+
+
+def test_adamw_is_that_of_pytorch():
+    """Three steps by the formula of torch.optim.AdamW: eps 1e-8, decay on everything."""
+    rate, decay, (b1, b2) = 1e-2, 0.01, (0.9, 0.999)
+    optimizer = make_optimizer(block(lr=rate, weight_decay=decay))
+    params = {"bias": jnp.array([1.0, -2.0, 3.0])}
+    state = optimizer.init(params)
+    p, m, v = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    for i, grad in enumerate(np.random.default_rng(0).standard_normal((3, 3)), start=1):
+        updates, state = optimizer.update({"bias": jnp.asarray(grad, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        p = p * (1 - rate * decay)
+        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+        p = p - rate * (m / (1 - b1**i)) / (np.sqrt(v / (1 - b2**i)) + 1e-8)
+        np.testing.assert_allclose(params["bias"], p, rtol=1e-5)
+
+
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
+    optimizer = make_optimizer(block(optimizer="muon", lr=1.0, weight_decay=0.0))
+    key = jax.random.key(0)
+    params = {
+        "kernel": jnp.zeros((3, 3, 4, 8)),
+        "bias": jnp.zeros(8),
+        "embedding": jnp.zeros((9, 8)),
+    }
+    grads = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    singular = np.linalg.svd(np.asarray(updates["kernel"]).reshape(36, 8), compute_uv=False)
+    assert singular.max() / singular.min() < 2  # five Newton-Schulz steps: 0.7 to 1.2
+    for name in ("bias", "embedding"):  # Adam's first step is the rate times the sign
+        np.testing.assert_allclose(np.abs(updates[name]), 0.2, rtol=1e-3)
+
+
+def test_clipping_bounds_the_gradient():
+    optimizer = make_optimizer(block(grad_clip=1.0, lr=1.0, betas=(0.0, 0.0), weight_decay=0.0))
+    params = {"bias": jnp.zeros(4)}
+    big = {"bias": jnp.full(4, 100.0)}
+    updates, state = optimizer.update(big, optimizer.init(params), params)
+    first_moment = jax.tree.leaves(state)[1]
+    np.testing.assert_allclose(np.linalg.norm(first_moment), 1.0, rtol=1e-6)
