@@ -61,6 +61,6 @@ def test_clipping_bounds_the_gradient():
     optimizer = make_optimizer(block(grad_clip=1.0, lr=1.0, betas=(0.0, 0.0), weight_decay=0.0))
     params = {"bias": jnp.zeros(4)}
     big = {"bias": jnp.full(4, 100.0)}
-    updates, state = optimizer.update(big, optimizer.init(params), params)
+    _, state = optimizer.update(big, optimizer.init(params), params)
     first_moment = jax.tree.leaves(state)[1]
     np.testing.assert_allclose(np.linalg.norm(first_moment), 1.0, rtol=1e-6)
