@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ldm_jax import config as config_lib
 from ldm_jax.errors import UserError
+from ldm_jax.training.interrupt import Interrupted
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_PREEMPTED = 0, 1, 75
 
@@ -25,11 +27,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     resumable by the same command.
     """
     argv = list(sys.argv if argv is None else argv)
-    debug = any(arg in ("--debug", "-debug", "--debug=true") for arg in argv)
-    from ldm_jax.training.interrupt import (
-        Interrupted,  # imports jax, which --help need not wait for
-    )
-
+    debug = any(arg.lstrip("-").lower() in ("debug", "debug=true", "debug=1") for arg in argv)
     try:
         if "--help" in argv or "-h" in argv:
             print(_help(main))
@@ -41,9 +39,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     except Interrupted as stop:
         print(stop, flush=True)
         code = EXIT_PREEMPTED
-    except (UserError, flags.Error, AttributeError, KeyError, TypeError) as error:
-        # Of these, only UserError and flags.Error are the user's; the config flags raise the others
-        # too, while they parse, and a bug of ours must keep its traceback.
+    except Exception as error:
+        # While flags are parsed, which also runs the config file, whatever is raised is about what
+        # the user wrote. Later, only a UserError is; a bug of ours must keep its traceback.
         known = isinstance(error, (UserError, flags.Error)) or not flags.FLAGS.is_parsed()
         if debug or not known:
             traceback.print_exc()
@@ -54,16 +52,22 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error) if not isinstance(error, KeyError) else str(error.args[0])
     if isinstance(error, UserError):
-        return text
-    return " ".join(text.replace('\\"', '"').split())
+        return str(error)
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    if "Traceback" in text:  # absl quotes all of what a config file raised; its end says why
+        where, text = text.partition(":")[0], text.strip().splitlines()[-1]
+        text = f"{where}: {text}"
+    # ml_collections lists every other key before it says which one was meant.
+    text = re.sub(r"Other fields present: .*?}.", "", text.replace("\\n", " "), flags=re.DOTALL)
+    text = " ".join(text.replace("\\", "").split())
+    return text or type(error).__name__
 
 
 def _help(main: Callable[[], int | None]) -> str:
     module = sys.modules[main.__module__]
-    own = flags.FLAGS.module_help(module)
-    return f"{(module.__doc__ or '').strip()}\n\n{own}"
+    own, shared = (flags.FLAGS.module_help(m) for m in (module, sys.modules[__name__]))
+    return f"{(module.__doc__ or '').strip()}\n\n{own}\n{shared}"
 
 
 def use_compilation_cache() -> None:

@@ -216,7 +216,12 @@ def from_json(text: str) -> ConfigDict:
             raise UserError(f"unknown config key '{key}'{_suggest(key, known)}")
         if isinstance(known[key], list) and isinstance(value, list):
             value = tuple(value)
-        config.update_from_flattened_dict({key: value})
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config key '{key}' cannot be {value!r}") from error
+    for key in sorted(known.keys() - values.keys()):
+        raise UserError(f"the config key '{key}' is missing")
     return check(config)
 
 
@@ -247,12 +252,15 @@ def check(config: ConfigDict) -> ConfigDict:
             raise UserError(f"config.{key} is {value!r}, but must be of type {want}")
     for key in default.keys() - flat.keys():
         raise UserError(f"config.{key} is missing: start from ldm_jax.config.get_config()")
+    _check_tuples(flat)
     _check_choices(flat)
     for key in flat:
         name = key.split(".")[-1]
-        low = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO else None
+        low = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO | _SHARES else None
         if low is not None and flat[key] < low:
             raise UserError(f"config.{key} is {flat[key]}, but must be at least {low}")
+        if name in _SHARES and flat[key] > 1:
+            raise UserError(f"config.{key} is {flat[key]}, but must be at most 1")
     for key, groups in (
         ("first_stage.width", flat["first_stage.norm_groups"]),
         ("denoiser.width", 32),
@@ -276,6 +284,8 @@ _AT_LEAST_ZERO = {
     "eta",
     "lr",
 }
+_SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta"}
+_PAIRS = {"betas", "beta"}
 _CHOICES = {
     "data.crop": ("center", "random"),
     "first_stage.kind": ("kl", "vq", "identity"),
@@ -293,6 +303,23 @@ _CHOICES = {
     "sample.sampler": ("ddim",),
     "sample.spacing": ("leading", "uniform", "quad"),
 }
+
+
+def _check_tuples(flat: dict[str, Any]) -> None:
+    for key, value in flat.items():
+        if not isinstance(value, list):
+            continue
+        name = key.split(".")[-1]
+        kind = float if name in _PAIRS else str if name in ("fields", "conditioners") else int
+        if any(type(x) is not kind and not (kind is float and type(x) is int) for x in value):
+            raise UserError(f"config.{key} is {tuple(value)}, but must hold {kind.__name__}s")
+        if name in _PAIRS and len(value) != 2:
+            raise UserError(f"config.{key} is {tuple(value)}, but must be two numbers")
+        if name == "mult" and (not value or min(value) < 1):
+            raise UserError(f"config.{key} is {tuple(value)}, but needs a number >= 1 per level")
+    for field in flat["data.fields"]:
+        if field not in flat["conditioners"]:
+            raise UserError(f"config.data.fields has '{field}', but no conditioner reads it")
 
 
 def _check_choices(flat: dict[str, Any]) -> None:
@@ -330,9 +357,7 @@ def _check_sizes(c: ConfigDict) -> None:
         )
     if "label" in c.conditioners:
         if "label" not in c.data.fields:
-            raise UserError(
-                "config.conditioners has 'label', but config.data.fields has not: add it"
-            )
+            raise UserError("config.conditioners has 'label': add it to config.data.fields too")
         if c.label.slot == "vector" and c.label.width != 4 * c.denoiser.width:
             raise UserError(
                 f"config.label.width is {c.label.width}, but slot 'vector' needs "

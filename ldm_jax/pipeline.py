@@ -46,7 +46,7 @@ class Pipeline:
         self._schedule = builders.build_schedule(config)
         # Bound methods would make every Pipeline's caches global; these belong to this one.
         self._generate_jit = jax.jit(
-            self._generate, static_argnames=("sampler", "guided", "decode"), donate_argnums=()
+            self._generate, static_argnames=("sampler", "guided", "decode")
         )
         self._encode_jit = jax.jit(self._encode)
         self._decode_jit = jax.jit(self._decode)
@@ -213,13 +213,14 @@ class Pipeline:
         """
         if "label" not in self.config.conditioners:
             raise UserError("this model knows no classes: leave --label away")
-        if str(text).lstrip("-").isdigit():
-            return int(self._check_labels([int(text)])[0])
         names = list(self.label_names or ())
-        if text not in names:
+        if text in names:  # first, since a class may be called '2'
+            return names.index(text)
+        try:
+            return int(self._check_labels([int(text)])[0])
+        except ValueError:
             known = ", ".join(names) or f"0 to {self.config.label.num_classes - 1}"
-            raise UserError(f"no class '{text}': choose from {known}")
-        return names.index(text)
+            raise UserError(f"no class '{text}': choose from {known}") from None
 
     def _check_labels(self, labels: Any) -> np.ndarray:
         try:
@@ -286,8 +287,12 @@ class Pipeline:
         return jnp.clip(self._decode_jit(self.variables, jnp.asarray(latents, jnp.float32)), -1, 1)
 
     def denoise(self, z_t: Any, t: Any, cond: Condition | None = None) -> Array:
-        """Returns the raw network output (B, h, w, C) at z_t (B, h, w, C) and t (B,) int32."""
-        cond = Condition() if cond is None else cond
+        """Returns the raw network output (B, h, w, C) at z_t (B, h, w, C) and t (B,) int32.
+
+        Without `cond`, a conditional model gets its null condition.
+        """
+        if cond is None:
+            cond = self.null_condition(len(z_t)) if self.config.conditioners else Condition()
         z_t, t = jnp.asarray(z_t, jnp.float32), jnp.asarray(t, jnp.int32)
         return self._denoise_jit(self.variables, z_t, t, cond)
 

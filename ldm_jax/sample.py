@@ -25,7 +25,7 @@ _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1
 _LABEL = flags.DEFINE_list(
     "label", None, "Class numbers or names, used in turn. Default: all classes in turn."
 )
-_OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/<step>.")
+_OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/step_<step>.")
 _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png.")
 
 
@@ -52,11 +52,15 @@ def main() -> None:
     out = pathlib.Path(
         _OUT.value or pathlib.Path(_WORKDIR.value) / "samples" / f"step_{pipe.step:07d}"
     )
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"cannot write to {out} ({reason}): choose another --out") from error
     pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
     record = {"checkpoint_step": pipe.step, **settings, "spacing": defaults.spacing}
     record |= {"seeds": seeds, "condition": condition}
     try:
-        out.mkdir(parents=True, exist_ok=True)
         images.save_numbered(out, pixels)
         if _GRID.value:
             images.save_png(out / "grid.png", images.make_grid(pixels))

@@ -41,7 +41,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False)
         UserError: it cannot be written, or it belongs to another config.
     """
     path = workdir / "config.json"
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, it is also False where one may not look
         theirs = read_config(workdir)
         changes = config_lib.differences(theirs, config)
         if changes and not allow_change:
@@ -80,7 +80,10 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(
             f"{workdir} is no workdir: it has no config.json; train first, or check --workdir"
         ) from error
-    return config_lib.from_json(text)
+    try:
+        return config_lib.from_json(text)
+    except UserError as error:
+        raise UserError(f"{workdir / 'config.json'}: {error}") from error
 
 
 def save_first_stage(directory: pathlib.Path, config: ConfigDict, variables: dict) -> None:

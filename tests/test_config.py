@@ -57,7 +57,7 @@ def test_differences_name_the_key_and_both_values():
         ({"first_stage.latent_scale": "big"}, "stored, first_batch"),
         ({"conditioners": ("text",)}, "choose from label"),
         ({"conditioners": ("label",)}, "add it to config.data.fields"),
-        ({"denoiser.cross_attention": True}, "needs a conditioner"),
+        ({"denoiser.cross_attention": True}, "no conditioner gives a context"),
         ({"data.cache_latents": True, "data.crop": "random"}, "crop='center'"),
     ],
 )

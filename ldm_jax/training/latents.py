@@ -43,31 +43,28 @@ def encode_source(
 
     `check` is called between batches and may raise to leave.
     """
-    cached, flips = [], (False, True) if config.data.flip else (False,)
+    names, flips = config.data.fields, (False, True) if config.data.flip else (False,)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    moments = []
     for flip in flips:
-        parts = []
-        for batch in _passes(config, source, config.data.fields, flip):
+        moments.append([])
+        for batch in epoch_batches(
+            source,
+            transform(config),
+            config.train.batch_size,
+            flip=flip,
+            fields=names,
+            threads=config.data.threads,
+        ):
             check()
-            parts.append(np.asarray(encode(batch["image"]))[batch["valid"]])
-        cached.append(np.concatenate(parts))
-    fields = {
-        name: np.concatenate([b[name][b["valid"]] for b in _passes(config, source, (name,), False)])
-        for name in config.data.fields
-    }
-    return CachedSource(source, {"moments": np.stack(cached, axis=1)}, fields)
-
-
-def _passes(
-    config: ConfigDict, source: Source, fields: tuple[str, ...], flip: bool
-) -> Iterator[dict[str, np.ndarray]]:
-    return epoch_batches(
-        source,
-        transform(config),
-        config.train.batch_size,
-        flip=flip,
-        fields=fields,
-        threads=config.data.threads,
-    )
+            valid = batch["valid"]
+            moments[-1].append(np.asarray(encode(batch["image"]))[valid])
+            if not flip:
+                for name in names:
+                    parts[name].append(batch[name][valid])
+    cached = np.stack([np.concatenate(one) for one in moments], axis=1)
+    fields = {name: np.concatenate(values) for name, values in parts.items()}
+    return CachedSource(source, {"moments": cached}, fields)
 
 
 def measure_scale(

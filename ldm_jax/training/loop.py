@@ -77,12 +77,14 @@ def fit(
         for step in range(start + 1, block.steps + 1):
             state, metrics = step_fn(state, frozen, next(batches), step_key)
             progress.step(metrics)
-            last = step == block.steps or interrupts.requested
+            # Read once: a signal that comes while this step is written stops after the next one.
+            stop = interrupts.requested
+            last = stop or step == block.steps
             if last or step % block.log_every == 0:
                 writer.write(step, progress.report(step, batches.wait_seconds))
             if last or step % block.checkpoint_every == 0:
                 checkpoints.save(state)
-            if interrupts.requested:
+            if stop:
                 checkpoints.wait()
                 raise Interrupted(
                     f"saved {stage.name} at step {step} of {block.steps}; "
@@ -104,8 +106,9 @@ def restore_or_init(
     """Returns the newest checkpoint's state, or a fresh one."""
     init = functools.partial(stage.init, jax.random.fold_in(key, 0))
     if checkpoints.latest_step() is None:
-        # It runs once: optimising its code would take longer than running it.
-        options = {"xla_backend_optimization_level": 0}
+        # It runs once: on a CPU, optimising its code takes longer than running it.
+        on_cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": 0} if on_cpu else None
         return jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)()
     state = checkpoints.restore(abstract_like(jax.eval_shape(init), sharding))
     print(f"{stage.name}: resuming at step {int(state.step)} from {checkpoints.directory}")

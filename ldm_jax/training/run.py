@@ -19,6 +19,7 @@ from ldm_jax import workdir as files
 from ldm_jax.data.pipeline import Batches, CachedSource, check_fields, epoch_batches
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.transforms import CachedTransform
+from ldm_jax.diffusion.samplers import make_table
 from ldm_jax.errors import UserError
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training import latents as latents_lib
@@ -40,9 +41,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     """
     config_lib.check(config)
     begin, mesh = time.perf_counter(), make_mesh()
-    check_batch(config.train.batch_size, mesh, "train.batch_size")
-    check_batch(config.first_stage.train.batch_size, mesh, "first_stage.train.batch_size")
     source = open_data(config)
+    _check_parts(config, workdir, mesh)
     files.claim(workdir, config, allow_config_change)
     if "label" in config.data.fields and source.label_names:
         files.write_labels(workdir, source.label_names)
@@ -56,6 +56,26 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     for path in shown:
         print(f"  {path}")
     print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
+
+
+def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+    """Refuses, before anything is written, what would only fail hours later."""
+    check_batch(config.train.batch_size, mesh, "train.batch_size")
+    given = config.first_stage.weights
+    if (workdir / "first_stage" / files.WEIGHTS).is_file():
+        files.load_first_stage(workdir, config)
+    elif given:
+        files.load_first_stage(given, config)
+    elif config.first_stage.kind != "identity":
+        check_batch(config.first_stage.train.batch_size, mesh, "first_stage.train.batch_size")
+    s = config.sample
+    make_table(s.sampler, builders.build_schedule(config), s.steps, s.eta, s.spacing)
+    if s.guidance_scale != 1 and not builders.has_null(config):
+        raise UserError(
+            f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
+            "use 1, or a conditioner with one"
+        )
+    jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
 
 
 def open_data(config: ConfigDict) -> Source:
