@@ -27,7 +27,7 @@ def main() -> None:
     """Reads the flags and runs both stages."""
     config = cli.read_config(_CONFIG)
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
-    from ldm_jax.training.run import run  # imports jax: bad flags are answered before that
+    from ldm_jax.run import run  # imports jax: bad flags are answered before that
 
     cli.use_compilation_cache()
     run(config, workdir, allow_config_change=_ALLOW_CHANGE.value)

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from ldm_jax import config as config_lib
-from ldm_jax.training.run import run
+from ldm_jax.run import run
 from ldm_jax.training.steps import diffusion_functions, first_stage_functions
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -17,8 +17,8 @@ from test_configs import CONFIGS, load
 import ldm_jax
 from ldm_jax.data.transforms import Draw
 from ldm_jax.errors import UserError
+from ldm_jax.run import open_data, run
 from ldm_jax.training.latents import transform
-from ldm_jax.training.run import open_data, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = next(path for path in CONFIGS if path.stem == "quickstart")
