@@ -92,9 +92,9 @@ def read_config(flag: flags.FlagHolder) -> ConfigDict:
     Raises:
         UserError: no file given, no such file, or a config that cannot work.
     """
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not path:
+    if flags.FLAGS["config"].using_default_value:
         raise UserError("no config given: use --config=configs/quickstart.py")
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
     file, _, arg = path.partition(":")
     if not os.path.isfile(file):
         raise UserError(f"no config file {file}")

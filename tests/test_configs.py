@@ -5,14 +5,15 @@ import pathlib
 
 import jax
 import pytest
+from commands import command
 
 from ldm_jax import config as config_lib
-from ldm_jax.run import run
 from ldm_jax.training.steps import diffusion_functions, first_stage_functions
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
-# One of each family runs by default: a class-conditional KL model runs in test_end_to_end.
-DEFAULT = {"lsun_bedrooms"}
+# One of each family runs by default: VQ and unconditional, cross-attention; a class-conditional KL
+# model runs in test_end_to_end.
+DEFAULT = {"lsun_bedrooms", "imagenet_ldm8"}
 DENOISERS = {
     "celebahq": 274_056_163,
     "ffhq": 274_056_163,
@@ -64,5 +65,6 @@ def test_first_stage_has_the_published_size(name, kind):
     ],
 )
 def test_smoke_runs(path, tmp_path):
-    run(load(path, "smoke"), tmp_path / "run")
+    arguments = [f"--config={path}:smoke", f"--workdir={tmp_path / 'run'}"]
+    command("train", *arguments)
     assert (tmp_path / "run" / "samples" / "final.png").is_file()

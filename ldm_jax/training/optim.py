@@ -27,8 +27,8 @@ def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
     """AdamW as torch.optim.AdamW is by default, or Muon (Jordan 2024), as the config says.
 
     Weight decay falls on every parameter. Muon orthogonalises the updates of matrices and
-    convolutions, whose scale differs from Adam's: `lr` is theirs, and Adam moves the biases and
-    norms at a fifth of it.
+    convolutions, whose scale differs from Adam's: `lr` is theirs, and Adam (with Nesterov
+    momentum) moves the biases and norms at a fifth of it.
     """
     rate = learning_rate(block)
     if block.optimizer == "muon":
