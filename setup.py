@@ -25,19 +25,19 @@ setup(
         "grain>=0.2.18,<0.3",
         "tensorflow-datasets>=4.9.9,<5",
         "array_record>=0.8.2,<0.9",
-        "absl-py>=2.1",
-        "importlib_resources>=6",  # tensorflow-datasets imports it and does not say so
-        "numpy>=2.0",
-        "pillow>=11",
-        "safetensors>=0.5",
+        "absl-py>=2.1,<3",
+        "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not say so
+        "numpy>=2.0,<3",
+        "pillow>=11,<14",
+        "safetensors>=0.5,<1",
         "tensorboard>=2.19,<3",
-        "tqdm>=4.66",
+        "tqdm>=4.66,<5",
     ],
     extras_require={
-        "tf": ["tensorflow-cpu>=2.20"],
+        "tf": ["tensorflow-cpu>=2.20,<3"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.16"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18"],
     },
 )
