@@ -29,6 +29,8 @@ FIXTURES = [
     "unet_small_weights_crossattn",
     "unet_crossattn_heads8",
 ]
+# Variants that no config here uses are checked by `pytest -m slow`: each takes long to compile.
+SLOW = {"unet_num_heads_legacy", "unet_noconv_resample", "unet_concat", "unet_class_label"}
 # Their names of fields that are simply copied.
 FIELDS = {
     "model_channels": "width",
@@ -102,7 +104,10 @@ def randomised(net, x, cond):
     return unflatten_dict(flat)
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in FIXTURES],
+)
 def test_matches_the_original(name):
     golden = load(name)
     net = from_config(golden.meta["config"])
