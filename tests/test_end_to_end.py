@@ -246,8 +246,10 @@ def test_first_stage_of_another_run_is_used(workdir, tmp_path):
 
 def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path):
     """A real SIGINT in either stage: exit code 75, and bit-equal parameters after resuming."""
-    steps = ["--config.train.steps=40", "--config.first_stage.train.steps=40"]
-    steps += ["--config.first_stage.train.picture_every=0", "--config.train.picture_every=0"]
+    steps = []
+    for block in ("train", "first_stage.train"):
+        steps += [f"--config.{block}.steps=16", f"--config.{block}.checkpoint_every=8"]
+        steps += [f"--config.{block}.picture_every=0"]
 
     def arguments(name: str) -> list[str]:
         return [f"--config={QUICKSTART}:smoke", f"--workdir={tmp_path / name}", *steps]
@@ -264,23 +266,23 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path):
         said = ""
         for line in process.stdout:
             said += line
-            if line.startswith(f"{stage}: step 5/"):
+            if line.startswith(f"{stage}: step 3/"):
                 process.send_signal(signal.SIGINT)
         assert process.wait() == 75, said
         assert resumed in said
-        saved = re.search(rf"saved {stage} at step (\d+) of 40", said)
-        assert saved and int(saved[1]) < 40, said
+        saved = re.search(rf"saved {stage} at step (\d+) of 16", said)
+        assert saved and int(saved[1]) < 16, said
         resumed = f"{stage}: resuming at step {saved[1]}"
     assert resumed in command("train", *arguments("broken")).stdout
 
     name = "first_stage/weights.safetensors"
     assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
     straight, broken = (ldm_jax.load(tmp_path / n) for n in ("straight", "broken"))
-    assert straight.step == broken.step == 40
+    assert straight.step == broken.step == 16
     jax.tree.map(np.testing.assert_array_equal, straight.variables, broken.variables)
     for run_name in ("straight", "broken"):
         lines = (tmp_path / run_name / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 17))
 
 
 def test_a_changed_config_needs_the_flag(workdir, tmp_path):
