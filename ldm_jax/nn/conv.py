@@ -58,7 +58,8 @@ def _kernel_grad_by_example(
     """The same sum, one example at a time as one matrix product of its patches.
 
     XLA:CPU computes the filter gradient as a convolution with a kernel as large as the image,
-    which on large maps runs at a fifth to a tenth of the forward pass's speed; an example's patches fit the cache.
+    which on large maps runs at a fifth to a tenth of the forward pass's speed; an example's
+    patches fit the cache.
     """
     _, height, width, features = grad.shape
     x = jnp.pad(x, ((0, 0), padding, padding, (0, 0)))
