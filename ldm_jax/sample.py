@@ -54,13 +54,9 @@ def main() -> None:
     )
     try:
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"cannot write to {out} ({reason}): choose another --out") from error
-    pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
-    record = {"checkpoint_step": pipe.step, **settings, "spacing": defaults.spacing}
-    record |= {"seeds": seeds, "condition": condition}
-    try:
+        pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
+        record = {"checkpoint_step": pipe.step, **settings, "spacing": defaults.spacing}
+        record |= {"seeds": seeds, "condition": condition}
         images.save_numbered(out, pixels)
         if _GRID.value:
             images.save_png(out / "grid.png", images.make_grid(pixels))
