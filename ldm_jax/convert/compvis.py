@@ -1,63 +1,23 @@
-"""Names and layouts of the original code's state dicts (CompVis `latent-diffusion`), both ways.
-
-A table per network lists (their names, our path, kind); either direction only reads the table. A
-conversion is strict: every weight of either side is used exactly once, with the right shape.
-"""
+"""Names of the networks in the original code's state dicts (CompVis `latent-diffusion`)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
+from ldm_jax.convert.tables import Layer, StateDict, from_flax, make_table, to_flax, within
 from ldm_jax.denoisers.unet import UNet
-from ldm_jax.errors import UserError
 from ldm_jax.types import Condition
-
-StateDict = Mapping[str, np.ndarray]
-Path = tuple[str, ...]
 
 LABEL_EMBEDDING = "label_emb.weight"
 
-
-class Row(NamedTuple):
-    """One weight of ours: several names of theirs are joined along their outputs."""
-
-    theirs: tuple[str, ...]
-    ours: Path
-    kind: str
-
-
-class Layer(NamedTuple):
-    """Their name, or names, of one of our layers inside a block and the kind of its kernel."""
-
-    theirs: str | tuple[str, ...]
-    kind: str = "same"
-
-
-# How a kernel of theirs becomes ours, and back. Ours has the outputs last: (..., in, out).
-TO_OURS = {
-    "same": lambda w: w,
-    "linear": lambda w: w.transpose(1, 0),
-    "conv1d": lambda w: w[..., 0].transpose(1, 0),
-    "conv1x1": lambda w: w[..., 0, 0].transpose(1, 0),
-    "conv": lambda w: w.transpose(2, 3, 1, 0),
-}
-TO_THEIRS = {
-    "same": lambda w: w,
-    "linear": lambda w: w.transpose(1, 0),
-    "conv1d": lambda w: w.transpose(1, 0)[..., None],
-    "conv1x1": lambda w: w.transpose(1, 0)[..., None, None],
-    "conv": lambda w: w.transpose(3, 2, 0, 1),
-}
-# Leaves of a layer; the last stands alone.
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 UNET_RES = {
     "norm_0": Layer("in_layers.0"),
@@ -117,16 +77,6 @@ BOTTLENECK = {
     "post_quant_conv": Layer("post_quant_conv", "conv1x1"),
     "codebook": Layer("quantize.embedding.weight"),
 }
-
-
-def within(ours: str, theirs: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """Puts the layers of a block under its path ('a/b') and its name ('a.b'), if these are set."""
-    found = {}
-    for path, layer in layers.items():
-        names = (layer.theirs,) if isinstance(layer.theirs, str) else layer.theirs
-        names = tuple(f"{theirs}.{name}".strip(".") for name in names)
-        found[f"{ours}/{path}".strip("/")] = Layer(names, layer.kind)
-    return found
 
 
 def transformer_layers(depth: int) -> dict[str, Layer]:
@@ -190,88 +140,6 @@ def first_stage_layers(module: nn.Module) -> dict[str, Layer]:
                 f"{ours}_resample", f"{theirs}.{resample}", {"conv": Layer("conv", "conv")}
             )
     return layers
-
-
-def make_table(layers: Mapping[str, Layer], paths: Iterable[Path]) -> list[Row]:
-    """Looks up each of our parameters among the layers: a row for every path.
-
-    A layer of which we have no parameters (a skip that is an identity, say) gives no row.
-    """
-    rows = []
-    for path in paths:
-        if "/".join(path) in layers:  # a parameter that is not inside a layer
-            layer, suffix, kind = layers["/".join(path)], "", "same"
-        else:
-            layer, suffix = layers["/".join(path[:-1])], f".{LEAVES[path[-1]]}"
-            kind = layer.kind if path[-1] == "kernel" else "same"
-        rows.append(Row(tuple(name + suffix for name in layer.theirs), path, kind))
-    return rows
-
-
-def to_flax(state_dict: StateDict, table: list[Row], abstract: Mapping[Path, Any]) -> dict:
-    """Their weights as a tree of ours, float32.
-
-    Args:
-        state_dict: their names and weights; all of them are used.
-        table: a row for each of our parameters.
-        abstract: our paths and anything with the `shape` that is needed there.
-
-    Raises:
-        UserError: names are missing, unexpected or of the wrong shape; lists them.
-    """
-    known = {name for row in table for name in row.theirs}
-    missing = sorted(known - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - known)
-    flat, wrong = {}, []
-    for row in table:
-        if any(name in missing for name in row.theirs):
-            continue
-        weight = _join(row, [np.asarray(state_dict[name]) for name in row.theirs])
-        want = abstract[row.ours].shape
-        if weight is None or weight.shape != want:
-            shapes = ", ".join(f"{name} {np.shape(state_dict[name])}" for name in row.theirs)
-            wrong.append(f"{shapes} (does not give {want})")
-        else:
-            flat[row.ours] = weight.astype(np.float32, copy=False)
-    problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
-    if any(problems.values()):
-        found = "; ".join(f"{_listed(names)} {what}" for what, names in problems.items() if names)
-        raise UserError(f"these weights do not fit the model: {found}; check the model's config")
-    return unflatten_dict(flat)
-
-
-def _join(row: Row, weights: list[np.ndarray]) -> np.ndarray | None:
-    """Transforms and joins the weights of a row; None where a weight has the wrong rank."""
-    ranks = {"linear": 2, "conv1d": 3, "conv1x1": 4, "conv": 4}
-    if any(w.ndim != ranks.get(row.kind, w.ndim) for w in weights):
-        return None
-    # A 1x1 kernel that is none would lose elements without a sound.
-    if row.kind in ("conv1d", "conv1x1") and any(set(w.shape[2:]) != {1} for w in weights):
-        return None
-    weights = [TO_OURS[row.kind](w) for w in weights]
-    if len(weights) == 1:
-        return weights[0]
-    if len({w.shape for w in weights}) > 1:
-        return None
-    return np.concatenate(weights, axis=-1)
-
-
-def _listed(names: list[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def from_flax(params: Mapping[str, Any], table: list[Row]) -> dict[str, np.ndarray]:
-    """Our tree as their names and weights: the inverse of `to_flax`, keeping the data type.
-
-    The arrays are views in their layout and need not be contiguous in memory.
-    """
-    flat, state_dict = flatten_dict(params), {}
-    for row in table:
-        weights = np.split(np.asarray(flat[row.ours]), len(row.theirs), axis=-1)
-        for name, weight in zip(row.theirs, weights, strict=True):
-            state_dict[name] = TO_THEIRS[row.kind](weight)
-    return state_dict
 
 
 def split_label_embedding(state_dict: StateDict) -> tuple[dict, np.ndarray | None]:
