@@ -7,8 +7,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ldm_jax import config as config_lib
+from ldm_jax.conditioners.clip import ClipText
 from ldm_jax.conditioners.compose import Compose
+from ldm_jax.conditioners.inpainting import Inpainting
 from ldm_jax.conditioners.label import LabelEmbedder
+from ldm_jax.conditioners.low_res import LowRes
+from ldm_jax.conditioners.segmentation import SpatialRescaler
+from ldm_jax.conditioners.sentence import SentenceEncoder
+from ldm_jax.conditioners.text import TextTransformer
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.diffusion.objective import Objective, make_objective
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
@@ -55,6 +61,8 @@ def build_denoiser(config: ConfigDict) -> nn.Module:
         transformer_depth=c.transformer_depth,
         scale_shift=c.scale_shift,
         resblock_resample=c.resblock_resample,
+        conv_resample=c.conv_resample,
+        split_qkv_first=c.split_qkv_first,
         dropout=c.dropout,
         dtype=jnp.dtype(config.train.dtype),
         remat=c.remat,
@@ -69,14 +77,46 @@ def build_conditioner(config: ConfigDict) -> nn.Module:
             width=config.label.width,
             slot=config.label.slot,
             null_label=config.label.null,
-        )
+        ),
+        "text": lambda: build_text_encoder(config),
+        "layout": lambda: TextTransformer(
+            vocab_size=config.layout.vocab_size,
+            width=config.layout.width,
+            depth=config.layout.depth,
+            length=config.layout.length,
+            field="boxes",
+            null_tokens=(),
+            dtype=jnp.dtype(config.train.dtype),
+        ),
+        "segmentation": lambda: SpatialRescaler(
+            num_classes=config.segmentation.num_classes,
+            channels=config.segmentation.channels,
+            stages=config.segmentation.stages,
+        ),
+        "low_res": LowRes,
+        "inpainting": Inpainting,
     }
     return Compose(parts=tuple(blocks[name]() for name in config.conditioners))
 
 
-def has_null(config: ConfigDict) -> bool:
-    """Tells whether the conditioner has a null condition, so that guidance is possible."""
-    return bool(config.conditioners) and ("label" not in config.conditioners or config.label.null)
+def build_text_encoder(config: ConfigDict) -> nn.Module:
+    """Returns the module that turns the tokens of captions into a context."""
+    c = config.text
+    shared = dict(
+        vocab_size=c.vocab_size,
+        width=c.width,
+        depth=c.depth,
+        heads=c.heads,
+        length=c.length,
+        null_tokens=tuple(c.null_tokens),
+        pad_token=c.pad_token,
+        dtype=jnp.dtype(config.train.dtype),
+    )
+    if c.encoder == "clip":
+        return ClipText(mlp_width=c.mlp_width, activation=c.activation, **shared)
+    if c.encoder == "sentence":
+        return SentenceEncoder(mlp_width=c.mlp_width, **shared)
+    return TextTransformer(**shared)
 
 
 def build_schedule(config: ConfigDict) -> Schedule:

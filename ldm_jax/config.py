@@ -1,7 +1,7 @@
-"""The complete default config, and what checks and shrinks a config.
+"""What checks, shrinks, reads and writes a config.
 
-A config file is a short function over `get_config()`: it only says what differs. The default is
-locked, so a misspelt key raises, in the file as well as on the command line
+A config file is a short function over `get_config()` (in defaults.py): it only says what differs.
+The default is locked, so a misspelt key raises, in the file as well as on the command line
 (`--config.train.lr=1e-4`).
 """
 
@@ -13,124 +13,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-
-
-def _train_block(**changes: Any) -> ConfigDict:
-    """Optimisation of one stage; both stages have the same keys."""
-    return ConfigDict(
-        dict(
-            batch_size=48,  # images per update, over all devices and hosts
-            steps=100_000,  # updates of the whole stage
-            lr=1e-4,  # peak learning rate, absolute (not scaled by batch or devices)
-            lr_decay="constant",  # after the warm-up: constant | cosine (to zero at `steps`)
-            warmup_steps=0,  # linear warm-up from zero
-            optimizer="adamw",  # adamw (the paper's) | muon
-            betas=(0.9, 0.999),  # of Adam
-            weight_decay=0.0,  # decoupled, as in AdamW
-            grad_clip=0.0,  # largest global gradient norm; 0 = no clipping
-            dtype="float32",  # compute type of the networks: float32 | bfloat16
-            log_every=100,  # steps between lines of metrics
-            picture_every=5000,  # steps between grids of samples or reconstructions; 0 = none
-            checkpoint_every=5000,  # steps between checkpoints
-            keep_checkpoints=3,  # how many of them stay on disk
-        )
-        | changes
-    )
-
-
-def get_config() -> ConfigDict:
-    """Returns the complete default, locked: every key that exists, with the paper's usual value."""
-    config = ConfigDict(
-        dict(
-            name="",  # the config file's name; set by the command line, names the workdir
-            seed=0,  # of initial weights, data order and all noise
-            data=dict(
-                source="emoji",  # emoji | folder:PATH | tfds:NAME
-                split="train",  # part of the source, e.g. train, test, train[:90%]
-                where="",  # keep the examples with COLUMN=VALUE in the metadata; '' = all
-                label="label",  # metadata column that serves as the field `label`
-                fields=(),  # columns besides the image that reach the model, e.g. ('label',)
-                resolution=256,  # side of the square training images, pixels
-                crop="center",  # center | random (a square of 0.5 to 1.0 of the shorter side)
-                flip=True,  # mirror half of the images
-                threads=8,  # that read and decode
-                cache_latents=False,  # encode the set once and keep its moments in host memory
-            ),
-            first_stage=dict(
-                kind="vq",  # kl | vq | identity (diffusion on pixels)
-                weights="",  # '' = train it first; or a workdir or an exported folder
-                width=128,  # channels at full resolution; a multiple of norm_groups
-                mult=(1, 2, 4),  # channel multiplier per level; f = patch * 2**(levels - 1)
-                depth=2,  # residual blocks per encoder level; the decoder has one more
-                attn_downsample=(),  # downsampling factors at which attention is used
-                mid_attn=True,  # attention at the lowest resolution
-                patch=1,  # pixels per side that enter as channels; 1 in the published models
-                norm_groups=32,  # of group normalisation; fewer for narrow networks
-                z_channels=3,  # between encoder and decoder and their 1x1 convolutions
-                channels=3,  # of the latents
-                codes=8192,  # size of the codebook (vq)
-                dropout=0.0,
-                loss="l1",  # reconstruction: l1 | l2
-                log_variance=0.0,  # at which the posterior's starts; low in short runs (kl)
-                kl_weight=1e-6,  # of the KL term, summed over C, h, w (kl)
-                codebook_weight=1.0,  # of the codebook and commitment term (vq)
-                # Latents are multiplied by: stored (what the first stage holds; 1 if just
-                # trained) | first_batch (1/std of the first batch) | scalar (1/std of the set)
-                # | channel (each channel to mean 0 and std 1) | a number such as 0.18215
-                latent_scale="stored",
-                stats_images=0,  # images measured for scalar and channel; 0 = the whole set
-                train=_train_block(lr=3.6e-5, betas=(0.5, 0.9), picture_every=1000),
-            ),
-            denoiser=dict(
-                width=224,  # channels at full latent resolution; multiples of 32
-                mult=(1, 2, 3, 4),  # channel multiplier per level
-                depth=2,  # residual blocks per encoder level; the decoder has one more
-                attn_downsample=(2, 4, 8),  # downsampling factors at which attention is used
-                num_heads=0,  # attention heads; 0 = as many as fit heads of head_dim
-                head_dim=32,  # channels per head, used where num_heads is 0
-                cross_attention=False,  # transformer blocks that attend to the context
-                transformer_depth=1,  # layers per transformer block
-                scale_shift=False,  # the time embedding scales and shifts instead of adding
-                resblock_resample=False,  # residual blocks instead of convolutions resample
-                dropout=0.0,
-                remat=False,  # recompute activations of each block in the backward pass
-            ),
-            conditioners=(),  # which of the blocks below are used, e.g. ('label',)
-            label=dict(
-                num_classes=1000,
-                width=512,  # of the embedding; slot vector needs 4 * denoiser.width
-                slot="context",  # context (one token for cross-attention) | vector (with time)
-                null=True,  # one more row: the null condition for classifier-free guidance
-            ),
-            diffusion=dict(
-                schedule="scaled_linear",  # scaled_linear (the paper's) | linear | cosine | sqrt
-                beta=(0.0015, 0.0195),  # first and last
-                steps=1000,  # T
-                predict="eps",  # what the network's output means: eps | x0 | v
-                loss="l2",  # l2 | l1
-            ),
-            train=_train_block(
-                lr=9.6e-5,
-                weight_decay=0.01,
-            ),
-            ema_decay=0.9999,  # of the denoiser's weights, reached by min(decay, (1+n)/(10+n))
-            cond_drop_rate=0.0,  # share of training examples that see the null condition
-            sample=dict(
-                sampler="ddim",
-                steps=200,
-                eta=1.0,  # 0 = deterministic, 1 = as noisy as ancestral sampling
-                spacing="leading",  # leading | uniform (the reference's grid) | quad
-                guidance_scale=1.0,  # 1 = off
-                batch_size=16,  # images at a time, over all devices
-                num_samples=16,  # images in the grids that training writes
-                nearest=False,  # show the nearest training images beside the final grid
-            ),
-        )
-    )
-    return config.lock()
+# The batch fields that each conditioner reads.
+FIELDS = {
+    "label": ("label",),
+    "text": ("tokens",),
+    "layout": ("boxes",),
+    "segmentation": ("segmentation",),
+    "low_res": ("low_res",),
+    "inpainting": ("masked_image", "mask"),
+}
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -151,6 +46,14 @@ def shrink(config: ConfigDict) -> ConfigDict:
         reached = tuple(factor for factor in network.attn_downsample if factor <= 2)
         network.attn_downsample = reached or ((2,) if network.attn_downsample else ())
     c.label.width = 4 * c.denoiser.width if c.label.slot == "vector" else 32
+    c.text.update(vocab_size=min(c.text.vocab_size, 1000), width=64, depth=1, heads=2)
+    c.text.update(mlp_width=256, length=16)
+    if c.text.null_tokens:
+        c.text.update(null_tokens=(1, 2), pad_token=0)
+    c.layout.update(vocab_size=min(c.layout.vocab_size, 64), width=64, depth=1, length=12)
+    # The map must arrive at the latents' size, which has changed with the first stage's levels.
+    c.segmentation.update(num_classes=min(c.segmentation.num_classes, 8))
+    c.segmentation.stages = (downsampling(c) - 1).bit_length()
     for block in (c.first_stage.train, c.train):
         block.update(batch_size=8, steps=2, warmup_steps=min(block.warmup_steps, 1))
         block.update(log_every=1, picture_every=2, checkpoint_every=2)
@@ -274,18 +177,23 @@ def check(config: ConfigDict) -> ConfigDict:
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
 _AT_LEAST_ONE |= {"patch", "norm_groups"}
-_AT_LEAST_ONE |= {"num_classes", "transformer_depth"}
+_AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
 _AT_LEAST_ZERO = {
     "steps",
     "warmup_steps",
+    "decay_steps",
     "grad_clip",
     "picture_every",
     "stats_images",
+    "stages",
+    "num_heads",
+    "pad_token",
     "eta",
     "lr",
 }
-_SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta"}
+_SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta", "lr_start", "lr_end"}
 _PAIRS = {"betas", "beta"}
+_SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
 _CHOICES = {
     "data.crop": ("center", "random"),
     "first_stage.kind": ("kl", "vq", "identity"),
@@ -294,14 +202,16 @@ _CHOICES = {
     "train.dtype": DTYPES,
     "first_stage.train.optimizer": ("adamw", "muon"),
     "train.optimizer": ("adamw", "muon"),
-    "first_stage.train.lr_decay": ("constant", "cosine"),
-    "train.lr_decay": ("constant", "cosine"),
+    "first_stage.train.lr_decay": ("constant", "cosine", "linear"),
+    "train.lr_decay": ("constant", "cosine", "linear"),
     "label.slot": ("context", "vector"),
+    "text.encoder": ("bert", "clip", "sentence"),
+    "text.activation": ("gelu", "quick_gelu"),
     "diffusion.schedule": ("scaled_linear", "linear", "cosine", "sqrt"),
     "diffusion.predict": ("eps", "x0", "v"),
     "diffusion.loss": ("l2", "l1"),
-    "sample.sampler": ("ddim",),
-    "sample.spacing": ("leading", "uniform", "quad"),
+    "sample.sampler": ("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_3m", "euler", "heun"),
+    "sample.spacing": _SPACINGS,
 }
 
 
@@ -317,8 +227,9 @@ def _check_tuples(flat: dict[str, Any]) -> None:
             raise UserError(f"config.{key} is {tuple(value)}, but must be two numbers")
         if name == "mult" and (not value or min(value) < 1):
             raise UserError(f"config.{key} is {tuple(value)}, but needs a number >= 1 per level")
+    read = {field for name in flat["conditioners"] for field in FIELDS.get(name, ())}
     for field in flat["data.fields"]:
-        if field not in flat["conditioners"]:
+        if field not in read:
             raise UserError(f"config.data.fields has '{field}', but no conditioner reads it")
 
 
@@ -338,8 +249,9 @@ def _check_choices(flat: dict[str, Any]) -> None:
                 "scalar, channel or a positive number"
             )
     for name in flat["conditioners"]:
-        if name != "label":
-            raise UserError(f"config.conditioners names '{name}': choose from label")
+        if name not in FIELDS:
+            known = ", ".join(FIELDS)
+            raise UserError(f"config.conditioners names '{name}': choose from {known}")
 
 
 def _check_sizes(c: ConfigDict) -> None:
@@ -355,24 +267,61 @@ def _check_sizes(c: ConfigDict) -> None:
         raise UserError(
             f"config.sample.steps is {c.sample.steps}: choose from 1 to {c.diffusion.steps}"
         )
-    if "label" in c.conditioners:
-        if "label" not in c.data.fields:
-            raise UserError("config.conditioners has 'label': add it to config.data.fields too")
-        if c.label.slot == "vector" and c.label.width != 4 * c.denoiser.width:
-            raise UserError(
-                f"config.label.width is {c.label.width}, but slot 'vector' needs "
-                f"4 * denoiser.width = {4 * c.denoiser.width}"
-            )
-        if c.label.slot == "context" and not c.denoiser.cross_attention:
-            raise UserError(
-                "config.label.slot is 'context', but denoiser.cross_attention is False: "
-                "set it, or use label.slot='vector'"
-            )
-        if c.cond_drop_rate > 0 and not c.label.null:
-            raise UserError("config.cond_drop_rate needs a null condition: set config.label.null")
-    elif c.denoiser.cross_attention:
+    for name in c.conditioners:
+        for field in FIELDS[name]:
+            if field not in c.data.fields:
+                raise UserError(
+                    f"config.conditioners has '{name}': add '{field}' to config.data.fields too"
+                )
+    _check_conditions(c)
+    if c.data.cache_latents and c.data.crop != "center":
+        raise UserError("config.data.cache_latents needs config.data.crop='center'")
+
+
+def _check_conditions(c: ConfigDict) -> None:
+    """Checks that the slots which the conditioners fill are those that the denoiser reads."""
+    vector = "label" in c.conditioners and c.label.slot == "vector"
+    if vector and c.label.width != 4 * c.denoiser.width:
+        raise UserError(
+            f"config.label.width is {c.label.width}, but slot 'vector' needs "
+            f"4 * denoiser.width = {4 * c.denoiser.width}"
+        )
+    givers = [name for name in c.conditioners if name in ("label", "text", "layout")]
+    givers = [name for name in givers if not (name == "label" and vector)]
+    if givers and not c.denoiser.cross_attention:
+        hint = ", or use label.slot='vector'" if givers == ["label"] else ""
+        raise UserError(
+            f"the conditioner '{givers[0]}' gives a context, but config.denoiser.cross_attention "
+            f"is False: set it{hint}"
+        )
+    if c.denoiser.cross_attention and not givers:
         raise UserError(
             "config.denoiser.cross_attention is set, but no conditioner gives a context"
         )
-    if c.data.cache_latents and c.data.crop != "center":
-        raise UserError("config.data.cache_latents needs config.data.crop='center'")
+    if "segmentation" in c.conditioners and 2**c.segmentation.stages != downsampling(c):
+        raise UserError(
+            f"config.segmentation.stages is {c.segmentation.stages}, which shrinks the map by "
+            f"{2**c.segmentation.stages}, but the first stage shrinks images by {downsampling(c)}"
+        )
+    if "text" in c.conditioners and c.text.encoder == "bert":
+        if c.text.mlp_width != 4 * c.text.width:
+            raise UserError(
+                f"config.text.mlp_width is {c.text.mlp_width}, but encoder 'bert' has "
+                f"4 * text.width = {4 * c.text.width}"
+            )
+    if "text" in c.conditioners and len(c.text.null_tokens) > c.text.length:
+        raise UserError(
+            f"config.text.null_tokens has {len(c.text.null_tokens)} tokens, but text.length is "
+            f"{c.text.length}"
+        )
+    if c.cond_drop_rate > 0 and not has_null(c):
+        raise UserError(
+            "config.cond_drop_rate needs a null condition: set config.label.null or "
+            "config.text.null_tokens, and use no conditioner without one"
+        )
+
+
+def has_null(config: ConfigDict) -> bool:
+    """Tells whether every conditioner has a null condition, so that guidance is possible."""
+    null = {"label": config.label.null, "text": bool(config.text.null_tokens)}
+    return bool(config.conditioners) and all(null.get(name, False) for name in config.conditioners)

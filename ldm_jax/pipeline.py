@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, images, random
 from ldm_jax import config as config_lib
+from ldm_jax import fields as fields_lib
 from ldm_jax.diffusion import samplers
 from ldm_jax.diffusion.guidance import make_denoise
 from ldm_jax.errors import UserError
@@ -25,9 +26,11 @@ class Pipeline:
 
     Attributes:
         config: the locked config of the run.
-        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params}.
+        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params}; a first
+            stage on its own has neither of the last two and can only encode and decode.
         step: of the checkpoint, in updates.
         label_names: names of the classes, or None where classes have only numbers.
+        tokenizer: list of B captions -> (B, L) int32 tokens, or None where there is none.
     """
 
     def __init__(
@@ -36,8 +39,10 @@ class Pipeline:
         variables: dict[str, Any],
         step: int,
         label_names: Sequence[str] | None = None,
+        tokenizer: Callable[[list[str]], np.ndarray] | None = None,
     ) -> None:
         self.config, self.step, self.label_names = config, step, label_names
+        self.tokenizer = tokenizer
         self._mesh = make_mesh()
         self.variables = jax.device_put(variables, replicated(self._mesh))
         self._first_stage = builders.build_first_stage(config)
@@ -75,13 +80,14 @@ class Pipeline:
 
         Args:
             seeds: B integers in [0, 2**32).
-            condition: batch fields, e.g. {'label': [3, 3, 5]}, B values each; None samples with the
-                null condition of a conditional model.
-            sampler: name of the sampler, 'ddim'.
-            steps: network calls per image, 1 to T.
-            eta: 0 (deterministic) to 1.
+            condition: batch fields, e.g. {'label': [3, 3, 5]} or {'text': ['a cat', ...]}, B
+                values each; None samples with the null condition of a conditional model.
+            sampler: ddim, ddpm, plms, dpmpp_2m, dpmpp_3m, euler or heun.
+            steps: 1 to T; also the network calls, but for plms (1 more) and heun (twice, less 1).
+            eta: 0 (deterministic) to 1 for ddim; other samplers know only one value.
             guidance_scale: of classifier-free guidance; 1 = off.
-            spacing: time steps visited: 'leading', 'uniform' or 'quad'.
+            spacing: noise levels visited: leading, uniform, quad, linspace, linspace_open,
+                trailing or karras.
             batch_size: images at a time; rounded up to a multiple of the number of devices.
             noise: (B, h, w, C) float32 to start from, in place of the seeds' own.
             decode: False returns the latents.
@@ -99,13 +105,14 @@ class Pipeline:
             sampler,
             self._schedule,
             choose(steps, s.steps),
-            choose(eta, s.eta),
+            samplers.nearest_eta(sampler, s.eta) if eta is None else eta,
             choose(spacing, s.spacing),
         )
+        self._check_denoiser()
         seeds = _check_seeds(seeds)
         fields = self._fields(condition, len(seeds))
         guided = scale != 1 and fields is not None
-        if scale != 1 and not builders.has_null(self.config):
+        if scale != 1 and not config_lib.has_null(self.config):
             raise UserError(
                 f"guidance_scale is {scale}, but this model has no null condition to guide away "
                 "from: use 1"
@@ -124,11 +131,15 @@ class Pipeline:
                 self.variables,
                 part,
                 jnp.float32(scale),
-                {k: jnp.asarray(v) for k, v in table.items()},
+                jax.tree.map(jnp.asarray, table),
             ),
             {"seeds": seeds, "fields": fields, "noise": noise},
             choose(batch_size, s.batch_size),
         )
+
+    def _check_denoiser(self) -> None:
+        if "denoiser" not in self.variables:
+            raise UserError("this is a first stage only: it can encode and decode, but not sample")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -141,7 +152,7 @@ class Pipeline:
         variables: dict[str, Any],
         inputs: dict[str, Any],
         guidance_scale: Array,
-        table: dict[str, Array],
+        table: samplers.Table,
         *,
         sampler: str,
         guided: bool,
@@ -153,7 +164,7 @@ class Pipeline:
         if noise is None:
             noise = samplers.initial_noise(keys, self.latent_shape)
         batch_size = noise.shape[0]
-        null = self._null(variables, batch_size) if builders.has_null(self.config) else None
+        null = self._null(variables, batch_size) if config_lib.has_null(self.config) else None
         cond = null
         if inputs["fields"] is not None:
             cond = self._condition(variables, inputs["fields"])
@@ -163,7 +174,6 @@ class Pipeline:
 
         denoise = make_denoise(
             apply,
-            self._schedule,
             self.config.diffusion.predict,
             cond if cond is not None else Condition(),
             null if guided else None,
@@ -217,45 +227,40 @@ class Pipeline:
         if text in names:  # first, since a class may be called '2'
             return names.index(text)
         try:
-            return int(self._check_labels([int(text)])[0])
+            spec = fields_lib.specify(self.config)["label"]
+            return int(fields_lib.check_field("label", spec, [int(text)], 1)[0])
         except ValueError:
             known = ", ".join(names) or f"0 to {self.config.label.num_classes - 1}"
             raise UserError(f"no class '{text}': choose from {known}") from None
 
-    def _check_labels(self, labels: Any) -> np.ndarray:
-        try:
-            labels = np.asarray(labels)
-            whole = labels.dtype.kind in "iu"
-        except ValueError:
-            whole = False
-        count = self.config.label.num_classes
-        if not whole:
-            raise UserError(f"label must be whole numbers from 0 to {count - 1}")
-        for value in labels.ravel():
-            if not 0 <= value < count:
-                raise UserError(f"label {value} is out of range: choose from 0 to {count - 1}")
-        return labels.astype(np.int32)
-
-    def _fields(self, fields: Mapping[str, Any] | None, count: int) -> dict[str, np.ndarray] | None:
+    def _fields(self, given: Mapping[str, Any] | None, count: int) -> dict[str, np.ndarray] | None:
         """Checks a condition; None where there is nothing to condition on."""
-        wanted = tuple(self.config.conditioners)
-        if not fields:
-            if wanted and not builders.has_null(self.config):
-                raise UserError(f"this model needs the condition {', '.join(wanted)}")
+        if not given:
+            if self.config.conditioners and not config_lib.has_null(self.config):
+                wanted = ", ".join(fields_lib.specify(self.config))
+                raise UserError(f"this model needs the condition {wanted}")
             return None
-        for name in fields:
-            if name not in wanted:
-                known = ", ".join(wanted) or "none: it is unconditional"
-                raise UserError(f"unknown condition '{name}'; this model takes {known}")
-        for name in wanted:
-            if name not in fields:
-                raise UserError(f"the condition '{name}' is missing")
-            if np.ndim(fields[name]) < 1 or len(fields[name]) != count:
-                raise UserError(f"condition '{name}' must have one value per seed, {count}")
-        return {"label": self._check_labels(fields["label"])}
+        given = dict(given)
+        if "text" in given and "text" in self.config.conditioners:
+            given["tokens"] = self._tokens(given.pop("text"))
+        return fields_lib.check(self.config, given, count)
+
+    def _tokens(self, captions: Sequence[str]) -> np.ndarray:
+        if self.tokenizer is None:
+            raise UserError(
+                "captions need a tokenizer: put its folder into the workdir as tokenizer/, or give "
+                "the condition 'tokens'"
+            )
+        if isinstance(captions, str) or not all(isinstance(text, str) for text in captions):
+            raise UserError("text must be a list of captions")
+        return self.tokenizer(list(captions))
 
     def _condition(self, variables: dict[str, Any], fields: dict[str, Array]) -> Condition:
-        return self._conditioner.apply({"params": variables["conditioner"]}, fields)
+        encode = functools.partial(
+            self._first_stage.apply, variables["first_stage"], method="encode"
+        )
+        batch = fields_lib.add_latents(fields, encode)
+        return self._conditioner.apply({"params": variables["conditioner"]}, batch)
 
     def _null(self, variables: dict[str, Any], batch_size: int) -> Condition:
         params = {"params": variables["conditioner"]}
@@ -291,6 +296,7 @@ class Pipeline:
 
         Without `cond`, a conditional model gets its null condition.
         """
+        self._check_denoiser()
         if cond is None:
             cond = self.null_condition(len(z_t)) if self.config.conditioners else Condition()
         z_t, t = jnp.asarray(z_t, jnp.float32), jnp.asarray(t, jnp.int32)

@@ -49,6 +49,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     with Interrupts() as interrupts:
         job = _Run(config, workdir, source, mesh, interrupts)
         frozen = job.first_stage()
+        if config.train.steps == 0:
+            print(f"\nDone: the first stage is in {workdir / 'first_stage'}")
+            return
         pipe = job.diffusion(frozen)
         interrupts.check("before the final samples")
         shown = job.final_pictures(pipe)
@@ -68,9 +71,13 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
         files.load_first_stage(given, config)
     elif config.first_stage.kind != "identity":
         check_batch(config.first_stage.train.batch_size, mesh, "first_stage.train.batch_size")
+    if config.train.steps == 0:
+        return  # a first stage only
+    if config.init_from and not files.has_checkpoint(workdir):
+        files.check_same_architecture(config.init_from, config)
     s = config.sample
     make_table(s.sampler, builders.build_schedule(config), s.steps, s.eta, s.spacing)
-    if s.guidance_scale != 1 and not builders.has_null(config):
+    if s.guidance_scale != 1 and not config_lib.has_null(config):
         raise UserError(
             f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
             "use 1, or a conditioner with one"
@@ -210,8 +217,19 @@ class _Run:
             images.save_png(path, self._grid(self._samples(update(state))))
             return path
 
-        stage = Stage("diffusion", self.workdir, config.train, init, step, frozen, picture)
+        start = self._starting_weights()
+        stage = Stage("diffusion", self.workdir, config.train, init, step, frozen, picture, start)
         return update(self._fit(stage, self._batches(source, stage.block), 3))
+
+    def _starting_weights(self) -> dict[str, Any] | None:
+        """The weights to fine-tune, those of `init_from` or of an imported model in the workdir."""
+        source = self.config.init_from
+        if not source and (self.workdir / files.WEIGHTS).is_file():
+            source = self.workdir
+        if not source or files.has_checkpoint(self.workdir):
+            return None
+        print(f"diffusion: starting from the weights in {source}")
+        return files.load_weights(source, self.config)[1]
 
     def _samples(self, pipe: Pipeline) -> np.ndarray:
         """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""

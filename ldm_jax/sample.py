@@ -2,12 +2,15 @@
 
 python -m ldm_jax.sample --workdir=runs/quickstart --num_samples=16
 python -m ldm_jax.sample --workdir=runs/quickstart --label=cat-face --guidance_scale=3
+python -m ldm_jax.sample --workdir=runs/text2img --prompt='a red teapot' --guidance_scale=5
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import zipfile
+from typing import Any
 
 from absl import flags
 
@@ -18,15 +21,26 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "Workdir of a training run.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "How many images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; never changes an image.")
 _SEED = flags.DEFINE_integer("seed", 0, "Image i comes from the seed SEED + i alone.")
-_SAMPLER = flags.DEFINE_string("sampler", None, "Name of the sampler: ddim.")
-_STEPS = flags.DEFINE_integer("steps", None, "Network calls per image.")
-_ETA = flags.DEFINE_float("eta", None, "0 = deterministic to 1 = ancestral noise.")
+_SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddim, ddpm, plms, dpmpp_2m, dpmpp_3m, euler or heun."
+)
+_STEPS = flags.DEFINE_integer("steps", None, "Sampling steps per image.")
+_ETA = flags.DEFINE_float("eta", None, "Of ddim: 0 = deterministic to 1 = ancestral noise.")
 _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
 _LABEL = flags.DEFINE_list(
     "label", None, "Class numbers or names, used in turn. Default: all classes in turn."
 )
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "A caption; may be given several times, and then they are used in turn."
+)
+_CONDITION = flags.DEFINE_string(
+    "condition", None, "An .npz file with an array per field of the condition, one row per image."
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/step_<step>.")
 _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png.")
+
+
+READABLE = ("label", "text")  # conditions that samples.json repeats
 
 
 def main() -> None:
@@ -36,17 +50,20 @@ def main() -> None:
     if _NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples is {_NUM_SAMPLES.value}, but must be at least 1")
     from ldm_jax import images
+    from ldm_jax.diffusion.samplers import nearest_eta
     from ldm_jax.workdir import load
 
     cli.use_compilation_cache()
     pipe = load(_WORKDIR.value)
     seeds = list(range(_SEED.value, _SEED.value + _NUM_SAMPLES.value))
     condition = _condition(pipe, len(seeds))
+    shown = {} if condition is None else condition
     defaults = pipe.config.sample
+    sampler = defaults.sampler if _SAMPLER.value is None else _SAMPLER.value
     settings = {
-        "sampler": defaults.sampler if _SAMPLER.value is None else _SAMPLER.value,
+        "sampler": sampler,
         "steps": defaults.steps if _STEPS.value is None else _STEPS.value,
-        "eta": defaults.eta if _ETA.value is None else _ETA.value,
+        "eta": nearest_eta(sampler, defaults.eta) if _ETA.value is None else _ETA.value,
         "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
     }
     out = pathlib.Path(
@@ -56,7 +73,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
         pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
         record = {"checkpoint_step": pipe.step, **settings, "spacing": defaults.spacing}
-        record |= {"seeds": seeds, "condition": condition}
+        record |= {"seeds": seeds, "condition": {n: v for n, v in shown.items() if n in READABLE}}
         images.save_numbered(out, pixels)
         if _GRID.value:
             images.save_png(out / "grid.png", images.make_grid(pixels))
@@ -68,8 +85,14 @@ def main() -> None:
     print(f"{len(seeds)} images of step {pipe.step} in {out}")
 
 
-def _condition(pipe, count: int) -> dict[str, list[int]] | None:
-    """The labels of all samples, in turn; None for an unconditional model."""
+def _condition(pipe, count: int) -> dict[str, Any] | None:
+    """The condition of every sample, in turn; None for an unconditional model."""
+    if _CONDITION.value:
+        return _read_condition(_CONDITION.value, count)
+    if _PROMPT.value:
+        if "text" not in pipe.config.conditioners:
+            raise UserError("this model reads no captions: leave --prompt away")
+        return {"text": [_PROMPT.value[i % len(_PROMPT.value)] for i in range(count)]}
     if _LABEL.value:
         chosen = [pipe.label(text) for text in _LABEL.value]
     elif "label" in pipe.config.conditioners:
@@ -77,6 +100,21 @@ def _condition(pipe, count: int) -> dict[str, list[int]] | None:
     else:
         return None
     return {"label": [chosen[i % len(chosen)] for i in range(count)]}
+
+
+def _read_condition(path: str, count: int) -> dict[str, Any]:
+    """The fields of an .npz file, whose rows are used in turn."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            fields = dict(stored)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read the condition {path}: {error}") from error
+    for name, value in fields.items():
+        if value.ndim < 1 or not len(value):
+            raise UserError(f"'{name}' in {path} has no rows")
+    return {n: value[np.arange(count) % len(value)] for n, value in fields.items()}
 
 
 if __name__ == "__main__":

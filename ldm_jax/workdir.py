@@ -2,6 +2,8 @@
 
 workdir/
   config.json            of the run
+  weights.safetensors    denoiser and conditioner of an imported or exported model
+  tokenizer/             vocabulary of its text encoder, where it has one
   labels.json            names of the classes, where they have any
   first_stage/           weights.safetensors + config.json, and the files of its own training
   checkpoints/<step>/    of the diffusion model
@@ -14,14 +16,18 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, random, tensors
 from ldm_jax import config as config_lib
+from ldm_jax.data.tokenizers import load_tokenizer
 from ldm_jax.errors import UserError
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
@@ -29,6 +35,9 @@ from ldm_jax.training.sharding import make_mesh, replicated
 from ldm_jax.training.steps import diffusion_functions
 
 WEIGHTS = "weights.safetensors"
+TOKENIZER = "tokenizer"
+# Keys of the denoiser and the conditioners that may differ where weights are reused.
+NOT_WEIGHTS = ("denoiser.dropout", "denoiser.remat", "text.tokenizer")
 # What a first stage's weights depend on; how it was trained does not matter to who uses it.
 ARCHITECTURE = ("kind", "width", "mult", "depth", "attn_downsample", "mid_attn", "z_channels")
 ARCHITECTURE += ("channels", "codes", "patch", "norm_groups")
@@ -94,7 +103,14 @@ def save_first_stage(directory: pathlib.Path, config: ConfigDict, variables: dic
 
 
 def load_first_stage(path: str | os.PathLike[str], config: ConfigDict) -> dict:
-    """Reads the first stage of a workdir or an exported folder, for use with `config`.
+    """Reads a first stage as `open_first_stage` opens it; raises UserError likewise."""
+    return jax.tree.map(np.asarray, open_first_stage(path, config))
+
+
+def open_first_stage(path: str | os.PathLike[str], config: ConfigDict) -> dict:
+    """Opens the first stage of a workdir or an exported folder, for use with `config`.
+
+    Its leaves are LazyArrays.
 
     Raises:
         UserError: nothing there, or another architecture than the config's, named by its keys.
@@ -114,7 +130,7 @@ def load_first_stage(path: str | os.PathLike[str], config: ConfigDict) -> dict:
                 f"config.first_stage.{key} is {ours[key]!r}, but the first stage in {directory} "
                 f"has {theirs[key]!r}"
             )
-    return tensors.load_tensors(directory / WEIGHTS, abstract_first_stage(config))
+    return tensors.open_tree(directory / WEIGHTS, abstract_first_stage(config))
 
 
 def abstract_first_stage(config: ConfigDict) -> dict:
@@ -139,8 +155,90 @@ def read_labels(workdir: pathlib.Path) -> list[str] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def save_model(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    weights: Mapping[str, Any],
+    step: int = 0,
+    label_names: Sequence[str] | None = None,
+    tokenizer: pathlib.Path | None = None,
+) -> None:
+    """Writes a whole model so that `load` reads it, tensor by tensor.
+
+    `weights` has 'first_stage' and, unless the model is a first stage only, 'denoiser' and
+    'conditioner', as in `Pipeline.variables`. The config comes last: without it, a folder whose
+    writing was interrupted is no workdir.
+    """
+    save_first_stage(workdir / "first_stage", config, weights["first_stage"])
+    if "denoiser" in weights:
+        parts = {name: weights[name] for name in ("denoiser", "conditioner")}
+        tensors.save_tensors(workdir / WEIGHTS, parts, {"step": str(step)})
+    if label_names:
+        write_labels(workdir, label_names)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, workdir / TOKENIZER)
+    write_text(workdir / "config.json", config_lib.to_json(config))
+
+
+def copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
+    """Copies the files of a tokenizer; weights that lie beside them stay where they are."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.suffix in (".json", ".txt", ".gz") and path.is_file():
+            shutil.copyfile(path, destination / path.name)
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Tells whether a run has stored a step of its diffusion model."""
+    directory = workdir / "checkpoints"
+    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+
+
+def check_same_architecture(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Checks that the denoiser and the conditioners of a workdir are those of a config.
+
+    Raises:
+        UserError: no workdir there, or another architecture, named by its first key.
+    """
+    theirs, ours = read_config(pathlib.Path(workdir)), config
+    blocks = ("denoiser", *(name for name in ours.conditioners if name in ours))
+    for key in ("conditioners", *blocks):
+        pair = (config_lib.flatten({key: block[key]}) for block in (theirs, ours))
+        for (name, value), wanted in zip(*(sorted(flat.items()) for flat in pair), strict=True):
+            if value != wanted[1] and name not in NOT_WEIGHTS:
+                raise UserError(
+                    f"config.{name} is {wanted[1]!r}, but the model in {workdir} has {value!r}: "
+                    "set config.init_from='', or the key to that value"
+                )
+
+
+def load_weights(workdir: str | os.PathLike[str], config: ConfigDict) -> tuple[int, dict[str, Any]]:
+    """Reads weights as `open_weights` opens them; raises UserError likewise."""
+    step, weights = open_weights(workdir, config)
+    return step, jax.tree.map(np.asarray, weights)
+
+
+def open_weights(workdir: str | os.PathLike[str], config: ConfigDict) -> tuple[int, dict[str, Any]]:
+    """Opens 'denoiser' (averaged weights) and 'conditioner' of a workdir; also gives their step.
+
+    Those of an imported model are LazyArrays.
+
+    Raises:
+        UserError: none there yet, or weights that do not fit the config.
+    """
+    root = pathlib.Path(workdir)
+    if has_checkpoint(root):
+        return _load_checkpoint(root / "checkpoints", config)
+    if not (root / WEIGHTS).is_file():
+        raise UserError(f"no checkpoint in {root}: run ldm_jax.train first")
+    abstract = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
+    _, metadata = tensors.open_tensors(root / WEIGHTS)
+    return int(metadata.get("step", 0)), tensors.open_tree(root / WEIGHTS, abstract)
+
+
 def load(workdir: str | os.PathLike[str]) -> Pipeline:
-    """Loads the newest checkpoint of a run, with the averaged (EMA) weights of the denoiser.
+    """Loads a model: the newest checkpoint of a run, with the averaged (EMA) weights of the
+    denoiser, or an imported one.
 
     Raises:
         UserError: no workdir, no checkpoint yet, or files that do not fit the config.
@@ -149,22 +247,36 @@ def load(workdir: str | os.PathLike[str]) -> Pipeline:
     config = read_config(root)
     if not (root / "first_stage" / WEIGHTS).is_file():
         raise UserError(f"the first stage in {root} is not trained yet: run ldm_jax.train again")
-    if not (root / "checkpoints").is_dir():
-        raise UserError(f"no checkpoint in {root}: run ldm_jax.train first")
+    variables, step = {"first_stage": load_first_stage(root, config)}, 0
+    if config.train.steps > 0:  # else it is a first stage only
+        step, weights = load_weights(root, config)
+        variables |= weights
+    return Pipeline(config, variables, step, read_labels(root), read_tokenizer(root, config))
+
+
+def read_tokenizer(
+    workdir: pathlib.Path, config: ConfigDict
+) -> Callable[[list[str]], np.ndarray] | None:
+    """Returns the tokenizer of a text-conditional model; None where there is none."""
+    folder = pathlib.Path(config.text.tokenizer or workdir / TOKENIZER)
+    if "text" not in config.conditioners or not (config.text.tokenizer or folder.is_dir()):
+        return None
+    return load_tokenizer(config.text.encoder, folder, config.text.length)
+
+
+def _load_checkpoint(directory: pathlib.Path, config: ConfigDict) -> tuple[int, dict[str, Any]]:
     everywhere = replicated(make_mesh())
     abstract = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
     wanted = {
         "ema_params.denoiser": abstract.ema_params["denoiser"],
         "params.conditioner": abstract.params["conditioner"],
     }
-    checkpoints = Checkpoints(root / "checkpoints")
+    checkpoints = Checkpoints(directory)
     try:
         step, weights = checkpoints.restore_items(abstract_like(wanted, everywhere))
     finally:
         checkpoints.close()
-    variables = {
-        "first_stage": load_first_stage(root, config),
+    return step, {
         "denoiser": weights["ema_params.denoiser"],
         "conditioner": weights["params.conditioner"],
     }
-    return Pipeline(config, variables, step, read_labels(root))

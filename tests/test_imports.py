@@ -11,13 +11,16 @@ ROOT = pathlib.Path(ldm_jax.__file__).parent
 # In order: each part may import those before it, except its siblings in the same line.
 ORDER = (
     ("types", "errors"),
+    ("defaults",),
     ("random", "images", "config", "tensors"),
     ("nn", "data", "diffusion"),
-    ("first_stage", "denoisers", "conditioners"),
-    ("builders", "convert"),
+    ("first_stage", "denoisers", "conditioners", "metrics"),
+    ("fields",),
+    ("builders",),
     ("training",),
     ("pipeline", "cli"),
     ("workdir",),
+    ("convert",),
     ("run", "sample", "__init__"),
     ("train",),
 )

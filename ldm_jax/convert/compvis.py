@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from ldm_jax.convert.tables import Layer, StateDict, from_flax, make_table, to_flax, within
+from ldm_jax.convert.tables import Layer, Row, StateDict, from_flax, make_table, to_flax, within
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.types import Condition
 
 LABEL_EMBEDDING = "label_emb.weight"
+LABEL_ROW = Row(("embedding.weight",), ("embedding",), "same")
 
 
 UNET_RES = {

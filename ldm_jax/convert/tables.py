@@ -6,6 +6,7 @@ strict: every weight of either side is used exactly once, with the right shape.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.errors import UserError
+from ldm_jax.tensors import LazyArray
 
 StateDict = Mapping[str, Any]  # arrays, or what stands for them until they are read
 Path = tuple[str, ...]
@@ -81,6 +83,8 @@ def make_table(layers: Mapping[str, Layer], paths: Iterable[Path]) -> list[Row]:
 def to_flax(state_dict: StateDict, table: list[Row], abstract: Mapping[Path, Any]) -> dict:
     """Their weights as a tree of ours, float32.
 
+    Weights that are not read yet (LazyArray) give leaves that are not read yet.
+
     Args:
         state_dict: their names and weights; all of them are used.
         table: a row for each of our parameters.
@@ -96,18 +100,31 @@ def to_flax(state_dict: StateDict, table: list[Row], abstract: Mapping[Path, Any
     for row in table:
         if any(name in missing for name in row.theirs):
             continue
-        weight = _join(row, [np.asarray(state_dict[name]) for name in row.theirs])
-        want = abstract[row.ours].shape
-        if weight is None or weight.shape != want:
+        weights, want = [state_dict[name] for name in row.theirs], tuple(abstract[row.ours].shape)
+        fitting = _join(row, [_stand_in(weight) for weight in weights])
+        if fitting is None or fitting.shape != want:
             shapes = ", ".join(f"{name} {np.shape(state_dict[name])}" for name in row.theirs)
             wrong.append(f"{shapes} (does not give {want})")
         else:
-            flat[row.ours] = weight.astype(np.float32, copy=False)
+            read = functools.partial(_read, row, weights)
+            lazy = any(isinstance(weight, LazyArray) for weight in weights)
+            flat[row.ours] = LazyArray(want, np.dtype(np.float32), read) if lazy else read()
     problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
     if any(problems.values()):
         found = "; ".join(f"{_listed(names)} {what}" for what, names in problems.items() if names)
         raise UserError(f"these weights do not fit the model: {found}; check the model's config")
     return unflatten_dict(flat)
+
+
+def _stand_in(weight: Any) -> np.ndarray:
+    """An array of the same shape with no memory behind it."""
+    return np.broadcast_to(np.float32(0), np.shape(weight))
+
+
+def _read(row: Row, weights: list[Any]) -> np.ndarray:
+    """The weight of ours that a row's weights of theirs make, float32."""
+    joined = _join(row, [np.asarray(weight) for weight in weights])
+    return joined.astype(np.float32, copy=False)
 
 
 def _join(row: Row, weights: list[np.ndarray]) -> np.ndarray | None:
@@ -134,11 +151,24 @@ def _listed(names: list[str], limit: int = 6) -> str:
 def from_flax(params: Mapping[str, Any], table: list[Row]) -> dict[str, np.ndarray]:
     """Our tree as their names and weights: the inverse of `to_flax`, keeping the data type.
 
-    The arrays are views in their layout and need not be contiguous in memory.
+    The arrays are views in their layout and need not be contiguous in memory; a leaf that is not
+    read yet (LazyArray) gives weights that are not read yet.
     """
     flat, state_dict = flatten_dict(params), {}
     for row in table:
-        weights = np.split(np.asarray(flat[row.ours]), len(row.theirs), axis=-1)
-        for name, weight in zip(row.theirs, weights, strict=True):
-            state_dict[name] = TO_THEIRS[row.kind](weight)
+        leaf = flat[row.ours]
+        for i, name in enumerate(row.theirs):
+            read = functools.partial(_split, row, leaf, i)
+            if isinstance(leaf, LazyArray):
+                state_dict[name] = LazyArray(
+                    _split(row, _stand_in(leaf), i).shape, leaf.dtype, read
+                )
+            else:
+                state_dict[name] = read()
     return state_dict
+
+
+def _split(row: Row, leaf: Any, i: int) -> np.ndarray:
+    """The i-th of the weights of theirs that make a leaf of ours."""
+    weight = np.split(np.asarray(leaf), len(row.theirs), axis=-1)[i]
+    return TO_THEIRS[row.kind](weight)

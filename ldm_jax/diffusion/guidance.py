@@ -9,23 +9,23 @@ import jax.numpy as jnp
 
 from ldm_jax import random
 from ldm_jax.diffusion.parameterization import check_parameterization, to_prediction
-from ldm_jax.diffusion.schedule import Schedule
+from ldm_jax.diffusion.schedule import Level
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array, Condition, Prediction
 
 Apply = Callable[[Array, Array, Condition | None], Array]  # (x_t, t, cond) -> raw
-Denoise = Callable[[Array, Array], Prediction]  # (x_t, t) -> x0 and eps
+Denoise = Callable[[Array, Level], Prediction]  # (x_t, level) -> x0 and eps
 
 
 def make_denoise(
     apply: Apply,
-    schedule: Schedule,
     predict: str,
     cond: Condition | None = None,
     null: Condition | None = None,
     guidance_scale: float | Array = 1.0,
+    clip_x0: bool = False,
 ) -> Denoise:
-    """Makes `denoise(x_t (B, ...), t (B,) int) -> Prediction` out of a network and its condition.
+    """Makes `denoise(x_t (B, ...), level) -> Prediction` out of a network and its condition.
 
     A guided call is one call of twice the batch, unconditional half first, combined as
     `uncond + scale * (cond - uncond)`. The unconditional half is skipped when either condition is
@@ -33,12 +33,13 @@ def make_denoise(
     change it without compiling anew, and `null=None` to switch guidance off.
 
     Args:
-        apply: `(x_t, t, cond) -> raw`, the network with its parameters.
-        schedule: the forward process.
+        apply: `(x_t, t, cond) -> raw`, the network with its parameters; t (B,) is float32 and not
+            always whole, as some samplers visit noise levels between those of training.
         predict: 'eps', 'x0' or 'v', what raw stands for.
         cond: the condition, with leading axis B; None if the network takes none.
         null: the empty condition, with the same slots and shapes as `cond`.
         guidance_scale: 1 is off, 0 is unconditional, more than 1 extrapolates.
+        clip_x0: keep x0 within [-1, 1], with eps to match: for pixels, never for latents.
 
     Raises:
         UserError: for an unknown parameterization, or a scale that needs a null condition.
@@ -60,9 +61,13 @@ def make_denoise(
         uncond_out, cond_out = jnp.split(out, 2)
         return uncond_out + guidance_scale * (cond_out - uncond_out)
 
-    def denoise(x_t: Array, t: Array) -> Prediction:
+    def denoise(x_t: Array, level: Level) -> Prediction:
         # eps and x0 are affine in raw at a given x_t, so guiding raw guides both alike.
-        return to_prediction(raw_output(x_t, t), x_t, t, schedule, predict)
+        raw = raw_output(x_t, jnp.broadcast_to(level.t, x_t.shape[:1]))
+        prediction = to_prediction(raw, x_t, level, predict)
+        if clip_x0:
+            return to_prediction(jnp.clip(prediction.x0, -1, 1), x_t, level, "x0")
+        return prediction
 
     return denoise
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -25,20 +24,22 @@ def make_loss(
     predict: str = "eps",
     loss: str = "l2",
     vlb_weight: float = 0.0,
-    log_variance: float = 0.0,
+    log_variance: float | Array = 0.0,
 ) -> LossAt:
     """Makes `loss_at(network, z, t, noise) -> (per_example (B,), aux)`, without any randomness.
 
     With e the mean error of an example's latents, the loss is
     `e / exp(log_variance) + log_variance + vlb_weight * w_t * e`. `aux` holds (B,) arrays: 't',
-    'loss_simple' (e) and, if vlb_weight > 0, 'loss_vlb' (w_t e).
+    'loss_simple' (e), if vlb_weight > 0 'loss_vlb' (w_t e), and if there is a log-variance per t
+    'log_variance' and 'loss_gamma', the loss without the bound's term.
 
     Args:
         schedule: the forward process.
         predict: 'eps', 'x0' or 'v', what the network's output is compared with.
         loss: 'l2' (squared error) or 'l1'.
         vlb_weight: >= 0, weight of the variational-bound term.
-        log_variance: the constant log-variance of the original code's likelihood weighting.
+        log_variance: of the original code's likelihood weighting: a constant, or one value per t
+            (T,), which may be a parameter that is learned: then call this inside the loss.
 
     Raises:
         UserError: for an unknown name or a negative weight.
@@ -52,11 +53,15 @@ def make_loss(
 
     def loss_at(network: Predict, z: Array, t: Array, noise: Array):
         z = z.astype(jnp.float32)
-        raw = network(schedule.add_noise(z, noise, t), t).astype(jnp.float32)
-        error = ERRORS[loss](raw - regression_target(z, noise, t, schedule, predict))
+        level = schedule.level(t, z.ndim)
+        raw = network(level.noised(z, noise), t).astype(jnp.float32)
+        error = ERRORS[loss](raw - regression_target(z, noise, level, predict))
         simple = error.mean(axis=tuple(range(1, z.ndim)))
         aux = {"t": t, "loss_simple": simple}
-        per_example = simple / math.exp(log_variance) + log_variance
+        at_t = at(log_variance, t, 1) if jnp.ndim(log_variance) else log_variance
+        per_example = simple / jnp.exp(at_t) + at_t
+        if jnp.ndim(log_variance):
+            aux |= {"log_variance": at_t, "loss_gamma": per_example}
         if weights is not None:
             aux["loss_vlb"] = at(weights, t, 1) * simple
             per_example = per_example + vlb_weight * aux["loss_vlb"]
@@ -70,7 +75,7 @@ def make_objective(
     predict: str = "eps",
     loss: str = "l2",
     vlb_weight: float = 0.0,
-    log_variance: float = 0.0,
+    log_variance: float | Array = 0.0,
 ) -> Objective:
     """Makes `objective(network, z, keys) -> (per_example (B,), aux)`; arguments as in `make_loss`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ldm_jax.diffusion.schedule import Schedule, at
+from ldm_jax.diffusion.schedule import Level
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array, Prediction
 
@@ -17,13 +17,13 @@ def check_parameterization(predict: str) -> None:
         )
 
 
-def to_prediction(raw: Array, x_t: Array, t: Array, schedule: Schedule, predict: str) -> Prediction:
-    """Turns network output into x0 and eps: raw, x_t (B, ...), t (B,) int.
+def to_prediction(raw: Array, x_t: Array, level: Level, predict: str) -> Prediction:
+    """Turns network output into x0 and eps: raw, x_t (B, ...) of the noise level `level`.
 
     `predict` is 'eps', 'x0' or 'v' (Salimans & Ho 2022, appendix D). Raises UserError otherwise.
     """
     check_parameterization(predict)
-    alpha, sigma = at(schedule.alpha, t, x_t.ndim), at(schedule.sigma, t, x_t.ndim)
+    alpha, sigma = level.alpha, level.sigma
     if predict == "eps":
         return Prediction(x0=(x_t - sigma * raw) / alpha, eps=raw)
     if predict == "x0":
@@ -31,8 +31,8 @@ def to_prediction(raw: Array, x_t: Array, t: Array, schedule: Schedule, predict:
     return Prediction(x0=alpha * x_t - sigma * raw, eps=sigma * x_t + alpha * raw)
 
 
-def regression_target(x0: Array, eps: Array, t: Array, schedule: Schedule, predict: str) -> Array:
-    """What the network output is regressed on: x0, eps (B, ...), t (B,) int -> (B, ...).
+def regression_target(x0: Array, eps: Array, level: Level, predict: str) -> Array:
+    """What the network output is regressed on: x0, eps (B, ...) -> (B, ...).
 
     The inverse of `to_prediction` for x_t = alpha x0 + sigma eps. Raises UserError likewise.
     """
@@ -41,4 +41,4 @@ def regression_target(x0: Array, eps: Array, t: Array, schedule: Schedule, predi
         return eps
     if predict == "x0":
         return x0
-    return at(schedule.alpha, t, x0.ndim) * eps - at(schedule.sigma, t, x0.ndim) * x0
+    return level.alpha * eps - level.sigma * x0

@@ -1,12 +1,6 @@
-"""Samplers: tables of coefficients made beforehand, and one step function each.
+"""Running a sampler: its table, its noise, known parts of the image, and the loop.
 
-A sampler is three functions:
-- `table(schedule, t, eta) -> Table` from the visited time steps t (N,), ascending;
-- `init(x_T) -> carry`, a tuple that starts with x_t; multistep samplers keep their history behind;
-- `step(denoise, carry, row, noise) -> carry`, where `row` is one row of the table; it may call
-  `denoise(x_t, t) -> Prediction` more than once.
-A table is a dict of arrays (N,) in the order of the steps. It has the entry 'noise', the factor of
-fresh noise, only if the sampler is stochastic; otherwise `step` receives None for the noise.
+The samplers themselves are in `solvers`, the noise levels that they visit in `spacing`.
 """
 
 from __future__ import annotations
@@ -21,106 +15,120 @@ import numpy as np
 from ldm_jax import random
 from ldm_jax.diffusion.guidance import Denoise
 from ldm_jax.diffusion.schedule import Schedule
+from ldm_jax.diffusion.solvers import SAMPLERS, Row, Sampler, Table, level_of
+from ldm_jax.diffusion.spacing import SPACINGS, make_grid
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array
 
-Table = dict[str, np.ndarray]
+KNOWN_STREAM = np.uint32(2**32 - 1)  # steps count up from 0 and never get there
 
 
-class Sampler(NamedTuple):
-    """The three functions of a sampler, as the module's docstring describes them."""
+class Known(NamedTuple):
+    """Parts of the latents that sampling keeps.
 
-    table: Callable[[Schedule, np.ndarray, float], Table]
-    init: Callable[[Array], tuple]
-    step: Callable[[Denoise, tuple, dict[str, Array], Array | None], tuple]
-
-
-def leading_steps(total: int, steps: int) -> np.ndarray:
-    """Exactly `steps` evenly spread time steps; the first is 1, as in the original code."""
-    if steps == total:
-        return np.arange(total)
-    return np.arange(steps) * total // steps + 1
-
-
-def uniform_steps(total: int, steps: int) -> np.ndarray:
-    """The original code's grid: more than `steps` steps where `steps` does not divide `total`."""
-    return np.arange(0, total, total // steps) + 1
-
-
-def quad_steps(total: int, steps: int) -> np.ndarray:
-    """The original code's quadratic grid, up to 0.8 `total`; it may repeat small time steps."""
-    return (np.linspace(0, np.sqrt(total * 0.8), steps) ** 2).astype(int) + 1
-
-
-SPACINGS = {"leading": leading_steps, "uniform": uniform_steps, "quad": quad_steps}
-
-
-def ddim_table(schedule: Schedule, t: np.ndarray, eta: float) -> Table:
-    """Coefficients of DDIM (Song et al. 2021, eqs. 12 and 16), from large t to small.
-
-    The last step ends at alpha_bar[0], not at 1, as in the original code.
+    Attributes:
+        x0: (B, ...) latents.
+        mask: 1 = keep x0, 0 = sample; broadcasts against x0.
+        noise: (N, B, ...), one per row of the table, to noise x0 with in place of own draws.
     """
-    alpha_bar = schedule.alpha_bar[t]
-    previous = np.append(schedule.alpha_bar[0], alpha_bar[:-1])
-    noise = eta * np.sqrt((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous))
-    columns = {"x0": np.sqrt(previous), "eps": np.sqrt(1 - previous - noise**2)}
-    if eta > 0:
-        columns["noise"] = noise
-    table = {name: column[::-1].astype(np.float32) for name, column in columns.items()}
-    return table | {"t": t[::-1].astype(np.int32)}
+
+    x0: Array
+    mask: Array
+    noise: Array | None = None
 
 
-def ddim_step(denoise: Denoise, carry: tuple, row: dict, noise: Array | None) -> tuple:
-    """One step of DDIM: carry (x_t (B, ...),), noise (B, ...) or None."""
-    (x_t,) = carry
-    prediction = denoise(x_t, jnp.full(x_t.shape[:1], row["t"]))
-    x_t = row["x0"] * prediction.x0 + row["eps"] * prediction.eps
-    return (x_t if noise is None else x_t + row["noise"] * noise,)
+def sampler_of(name: str) -> Sampler:
+    """Returns the sampler of a name. Raises UserError for an unknown one."""
+    if name not in SAMPLERS:
+        raise UserError(f"unknown sampler '{name}': choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
 
-SAMPLERS = {"ddim": Sampler(ddim_table, lambda x_T: (x_T,), ddim_step)}
+def nearest_eta(name: str, eta: float) -> float:
+    """The eta nearest to `eta` that a sampler permits: what a default for any sampler becomes."""
+    low, high = sampler_of(name).etas
+    return min(max(eta, low), high)
 
 
 def make_table(
-    name: str, schedule: Schedule, steps: int, eta: float = 0.0, spacing: str = "leading"
+    name: str,
+    schedule: Schedule,
+    steps: int,
+    eta: float | None = None,
+    spacing: str = "leading",
 ) -> Table:
     """Makes the table of a sampler: what `sample` runs through.
 
     Args:
         name: a key of SAMPLERS.
         schedule: the forward process with T time steps.
-        steps: number of steps in [1, T].
-        eta: in [0, 1]; 0 is deterministic, 1 has the variance of ancestral sampling.
-        spacing: a key of SPACINGS.
+        steps: number of steps in [1, T]; the rows of the table are the network calls, which are
+            2 * steps - 1 for 'heun', steps + 1 for 'plms' and steps for the others.
+        eta: for 'ddim' in [0, 1]: 0 (the default) is deterministic, 1 has the variance of ancestral
+            sampling. It is 1 for 'ddpm' and 0 for the others.
+        spacing: one of SPACINGS.
 
     Raises:
-        UserError: for an unknown name, a value outside its range, or a spacing that leaves [0, T).
+        UserError: for an unknown name, a value outside its range, a spacing that leaves [0, T), or
+            an eta or spacing that makes no sense for the sampler.
     """
-    if name not in SAMPLERS:
-        raise UserError(f"unknown sampler '{name}': choose one of {', '.join(SAMPLERS)}")
-    if spacing not in SPACINGS:
-        raise UserError(f"unknown spacing '{spacing}': choose one of {', '.join(SPACINGS)}")
-    if not 1 <= steps <= schedule.steps:
-        raise UserError(f"sampling steps must be in 1..{schedule.steps}, not {steps}")
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta must be in [0, 1], not {eta}")
-    t = SPACINGS[spacing](schedule.steps, steps)
-    if t.max() >= schedule.steps:
+    sampler = sampler_of(name)
+    eta = nearest_eta(name, 0.0) if eta is None else eta
+    low, high = sampler.etas
+    if not low <= eta <= high:
+        allowed = f"{low:g}" if low == high else f"in [{low:g}, {high:g}]"
+        raise UserError(f"eta must be {allowed} for sampler '{name}', not {eta:g}")
+    if spacing in SPACINGS and spacing not in sampler.spacings:
         raise UserError(
-            f"spacing '{spacing}' with {steps} steps visits time step {t.max()}, but the last is "
-            f"{schedule.steps - 1}: use spacing 'leading'"
+            f"spacing '{spacing}' makes no sense for sampler '{name}': choose one of "
+            f"{', '.join(sampler.spacings)}"
         )
-    return SAMPLERS[name].table(schedule, t, eta)
+    return sampler.table(schedule, make_grid(spacing, schedule, steps), eta)
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
-    """x_T (B, *shape) of the samples that own `keys` (B,)."""
+    """x_T (B, *shape), of unit variance, of the samples that own `keys` (B,)."""
     return random.normal(random.fold_in(keys, 0), shape)
 
 
 def step_noise(keys: Array, index: int | Array, shape: tuple[int, ...]) -> Array:
-    """The noise (B, *shape) of step `index` of the samples that own `keys` (B,)."""
+    """The noise (B, *shape) of row `index` of the samples that own `keys` (B,)."""
     return random.normal(random.fold_in(keys, index + 1), shape)  # 0 is the initial noise
+
+
+def known_noise(keys: Array, index: int | Array, shape: tuple[int, ...]) -> Array:
+    """The noise (B, *shape) that known latents get at row `index`; independent of the others."""
+    return random.normal(random.fold_in(random.fold_in(keys, KNOWN_STREAM), index), shape)
+
+
+def make_step(
+    denoise: Denoise, keys: Array, sampler: Sampler, known: Known | None = None
+) -> Callable[[tuple, tuple], tuple]:
+    """Makes `step(carry, (index, row, noise, known_noise)) -> carry`, which `sample` repeats.
+
+    The noises are (B, ...), or None to draw them from `keys`; other arguments as in `sample`.
+    """
+
+    def blend(carry: tuple, index: Array, row: Row, noise: Array | None) -> tuple:
+        x_t = carry[0]
+        if noise is None:
+            noise = known_noise(keys, index, x_t.shape[1:])
+        mixed = known.mask * level_of(row).noised(known.x0, noise) + (1 - known.mask) * x_t
+        # A corrector is the second half of a step, between whose halves nothing is replaced.
+        return (jnp.where(row.get("corrector", False), x_t, mixed), *carry[1:])
+
+    def step(carry: tuple, xs: tuple[Array, Row, Array | None, Array | None]) -> tuple:
+        index, row, noise, for_known = xs
+        if "noise" in row and noise is None:
+            noise = step_noise(keys, index, carry[0].shape[1:])
+        if known is not None and sampler.blend == "before":
+            carry = blend(carry, index, row, for_known)
+        carry = sampler.step(denoise, carry, row, noise)
+        if known is not None and sampler.blend == "after":
+            carry = blend(carry, index, row, for_known)
+        return carry
+
+    return step
 
 
 def sample(
@@ -130,25 +138,26 @@ def sample(
     table: Table,
     sampler: Sampler,
     noise: Array | None = None,
+    known: Known | None = None,
 ) -> Array:
     """Runs a sampler from x_T (B, ...) to the latents (B, ...), as one `lax.scan` over the table.
 
+    With `known`, the kept parts of x_t are replaced by x0 with fresh noise, before each step or,
+    for ancestral sampling, after it, as in the original code. The result is therefore only close to
+    x0 there: blend it once more for x0 itself.
+
     Args:
-        denoise: `(x_t, t) -> Prediction`.
-        x_T: initial noise, usually `initial_noise(keys, shape)`.
-        keys: (B,), one per sample; unused if the table has no 'noise'.
+        denoise: `(x_t, level) -> Prediction`.
+        x_T: noise of unit variance, usually `initial_noise(keys, shape)`.
+        keys: (B,), one per sample; unused if nothing is to be drawn.
         table: of the same sampler, from `make_table`.
         sampler: an entry of SAMPLERS.
-        noise: (N, B, ...) in the order of the steps, instead of draws from `keys`.
+        noise: (N, B, ...) in the order of the rows, instead of draws from `keys`.
+        known: parts of the latents that are given.
     """
-    draws = "noise" in table and noise is None
-
-    def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        index, row, given = xs
-        if draws:
-            given = step_noise(keys, index, x_T.shape[1:])
-        return sampler.step(denoise, carry, row, given), None
-
-    indices = jnp.arange(len(table["t"]))
-    carry, _ = jax.lax.scan(body, sampler.init(x_T), (indices, table, noise))
+    step = make_step(denoise, keys, sampler, known)
+    indices = jnp.arange(len(table.rows["t"]))
+    xs = (indices, table.rows, noise, None if known is None else known.noise)
+    start = sampler.init(table.start * x_T)
+    carry, _ = jax.lax.scan(lambda carry, xs: (step(carry, xs), None), start, xs)
     return carry[0]

@@ -33,6 +33,24 @@ BETAS = {
 }
 
 
+class Level(NamedTuple):
+    """A noise level, one for all of a batch or one per example.
+
+    Attributes:
+        t: () or (B,) time that the network is told, in [0, T - 1].
+        alpha: factor of x0 in x_t; a scalar, or (B, 1, ..., 1).
+        sigma: factor of eps in x_t, likewise.
+    """
+
+    t: Array
+    alpha: Array
+    sigma: Array
+
+    def noised(self, x0: Array, eps: Array) -> Array:
+        """x_t (B, ...) from x0 and eps (B, ...)."""
+        return self.alpha * x0 + self.sigma * eps
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """The betas of a forward process and what follows from them; hashed by identity.
@@ -60,9 +78,13 @@ class Schedule:
         """(T,) float32 factor of eps in x_t."""
         return np.sqrt(1 - self.alpha_bar).astype(np.float32)
 
+    def level(self, t: Array, ndim: int) -> Level:
+        """The noise levels of t (B,) int, for x_t of rank `ndim`; NaN for a t outside [0, T)."""
+        return Level(t, at(self.alpha, t, ndim), at(self.sigma, t, ndim))
+
     def add_noise(self, x0: Array, eps: Array, t: Array) -> Array:
         """Draws x_t given x0 by eq. 4 of DDPM: x0, eps (B, ...), t (B,) int -> (B, ...)."""
-        return at(self.alpha, t, x0.ndim) * x0 + at(self.sigma, t, x0.ndim) * eps
+        return self.level(t, x0.ndim).noised(x0, eps)
 
 
 def make_schedule(

@@ -128,6 +128,10 @@ class FirstStage(nn.Module):
         shift, scale = self._latent_scale()
         return latents / scale + shift
 
+    def encode(self, images: Array) -> Array:
+        """Images (B, H, W, 3) -> latents (B, h, w, C), at the posterior's mode and not scaled."""
+        return self.unscaled(self.mode(self.moments(images)))
+
     def _latent_scale(self) -> tuple[Array, Array]:
         shift = self.get_variable("latents", "shift")
         scale = self.get_variable("latents", "scale")

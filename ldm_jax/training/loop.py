@@ -33,6 +33,7 @@ class Stage:
         step: (state, frozen, batch, key) -> (state, metrics).
         frozen: variables that the step reads and never changes.
         picture: writes a picture of a state and returns its path; called with (state, step).
+        start: weights in place of the random ones, by part as in `TrainState.params`; or None.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Stage:
     step: Step
     frozen: Any
     picture: Callable[[TrainState, int], pathlib.Path]
+    start: Any = None
 
 
 def fit(
@@ -109,7 +111,18 @@ def restore_or_init(
         # It runs once: on a CPU, optimising its code takes longer than running it.
         on_cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        return jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)()
+        init = jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)
+        return _start_from(init(), stage.start, sharding)
     state = checkpoints.restore(abstract_like(jax.eval_shape(init), sharding))
     print(f"{stage.name}: resuming at step {int(state.step)} from {checkpoints.directory}")
     return jax.device_put(state, sharding)
+
+
+def _start_from(state: TrainState, start: Any, sharding: jax.sharding.Sharding) -> TrainState:
+    """Puts given weights, if any, in place of the random ones, and of their moving average."""
+    if start is None:
+        return state
+    ema = {part: start[part] for part in state.ema_params}
+    # Each is its own copy: the state is donated, and one buffer cannot be donated twice.
+    params, ema = jax.device_put((start, ema), sharding, may_alias=False)
+    return state.replace(params=params, ema_params=ema)

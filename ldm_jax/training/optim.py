@@ -11,15 +11,24 @@ from ml_collections import ConfigDict
 
 
 def learning_rate(block: ConfigDict) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then constant or cosine."""
+    """Learning rate as a function of the step: linear warm-up, then constant, cosine or linear.
+
+    The warm-up rises from `lr_start * lr` to `lr` at `warmup_steps`; a decay falls to `lr_end * lr`
+    at `decay_steps` (0: at `steps`). A cosine starts at the end of the warm-up, and a line at step
+    0, unseen until the warm-up ends: these are the schedules of the original code.
+    """
+    end = block.decay_steps or block.steps
     if block.lr_decay == "cosine":
-        after = optax.cosine_decay_schedule(block.lr, max(1, block.steps - block.warmup_steps))
+        span = max(1, end - block.warmup_steps)
+        after = optax.cosine_decay_schedule(block.lr, span, alpha=block.lr_end)
+    elif block.lr_decay == "linear":
+        whole = optax.linear_schedule(block.lr, block.lr_end * block.lr, max(1, end))
+        after = lambda step: whole(step + block.warmup_steps)  # noqa: E731
     else:
         after = optax.constant_schedule(block.lr)
     if not block.warmup_steps:
         return after
-    # The reference's warm-up starts at a factor of 1e-6, so that the first step is not lost.
-    warmup = optax.linear_schedule(1e-6 * block.lr, block.lr, block.warmup_steps)
+    warmup = optax.linear_schedule(block.lr_start * block.lr, block.lr, block.warmup_steps)
     return optax.join_schedules([warmup, after], [block.warmup_steps])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, images, random
+from ldm_jax import builders, fields, images, random
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
 from ldm_jax.diffusion.objective import quartile_means
@@ -90,9 +91,9 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
 
     def init(key: Array) -> TrainState:
         size, channels = latent_size(config), latent_channels(config)
-        fields = {name: jnp.zeros((1,), jnp.int32) for name in config.data.fields}
-        cond, variables = conditioner.init_with_output(jax.random.fold_in(key, 0), fields)
         latents = jnp.zeros((1, size, size, channels))
+        example = fields.add_latents(fields.examples(config, 1), lambda image: latents)
+        cond, variables = conditioner.init_with_output(jax.random.fold_in(key, 0), example)
         params = {
             "denoiser": denoiser.init(
                 jax.random.fold_in(key, 1), latents, jnp.zeros((1,), jnp.int32), cond
@@ -112,7 +113,7 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
 
     def condition(params: Any, batch: Batch, keys: Array) -> Condition:
         variables = {"params": params["conditioner"]}
-        cond = conditioner.apply(variables, batch)
+        cond = conditioner.apply(variables, batch)  # with the latents that `step` has added
         if config.cond_drop_rate == 0:
             return cond
         null = conditioner.apply(variables, keys.shape[0], method="null")
@@ -125,6 +126,8 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         step_key = jax.random.fold_in(key, state.step)
         keys = random.example_keys(step_key, batch_size)
         z = jax.lax.stop_gradient(latents_of(frozen, batch, random.fold_in(keys, 0)))
+        encode = functools.partial(first_stage.apply, frozen, method="encode")
+        batch = fields.add_latents(batch, encode)
 
         def loss_fn(params: Any) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             cond = condition(params, batch, random.fold_in(keys, 1))

@@ -5,13 +5,14 @@ import pytest
 
 from ldm_jax import random
 from ldm_jax.diffusion.guidance import drop, make_denoise
-from ldm_jax.diffusion.schedule import make_schedule
+from ldm_jax.diffusion.schedule import Level, make_schedule
 from ldm_jax.errors import UserError
 from ldm_jax.types import Condition
 
 SCHEDULE = make_schedule(steps=10)
 X_T, T = jnp.full((2, 3), 0.5), jnp.array([3, 7])
 COND = Condition(vector=jnp.array([[1.0], [2.0]]))
+LEVEL = SCHEDULE.level(T, 2)
 NULL = Condition(vector=jnp.array([[10.0], [20.0]]))
 
 
@@ -28,7 +29,7 @@ def recorder():
 @pytest.mark.parametrize("null", [None, NULL])
 def test_scale_one_runs_one_half(null):
     apply, calls = recorder()
-    prediction = make_denoise(apply, SCHEDULE, "eps", COND, null, 1.0)(X_T, T)
+    prediction = make_denoise(apply, "eps", COND, null, 1.0)(X_T, LEVEL)
     assert len(calls) == 1 and calls[0][0].shape == (2, 3)
     np.testing.assert_array_equal(prediction.eps, np.repeat([[1.0], [2.0]], 3, axis=1))
 
@@ -36,13 +37,13 @@ def test_scale_one_runs_one_half(null):
 @pytest.mark.parametrize("cond", [None, Condition()])
 def test_without_a_condition_a_traced_scale_runs_one_half(cond):
     apply, calls = recorder()
-    jax.jit(lambda s: make_denoise(apply, SCHEDULE, "eps", cond, cond, s)(X_T, T))(3.0)
+    jax.jit(lambda s: make_denoise(apply, "eps", cond, cond, s)(X_T, LEVEL))(3.0)
     assert calls[0][0].shape == (2, 3)
 
 
 def test_guided_call_puts_the_unconditional_half_first():
     apply, calls = recorder()
-    prediction = make_denoise(apply, SCHEDULE, "eps", COND, NULL, 3.0)(X_T, T)
+    prediction = make_denoise(apply, "eps", COND, NULL, 3.0)(X_T, LEVEL)
     assert len(calls) == 1
     np.testing.assert_array_equal(calls[0][1], [3, 7, 3, 7])
     np.testing.assert_array_equal(calls[0][2].vector.ravel(), [10, 20, 1, 2])
@@ -52,17 +53,39 @@ def test_guided_call_puts_the_unconditional_half_first():
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
 def test_guidance_acts_alike_on_x0_and_eps(predict):
     apply, _ = recorder()
-    guided = make_denoise(apply, SCHEDULE, predict, COND, NULL, 2.5)(X_T, T)
-    cond = make_denoise(apply, SCHEDULE, predict, COND)(X_T, T)
-    uncond = make_denoise(apply, SCHEDULE, predict, NULL)(X_T, T)
+    guided = make_denoise(apply, predict, COND, NULL, 2.5)(X_T, LEVEL)
+    cond = make_denoise(apply, predict, COND)(X_T, LEVEL)
+    uncond = make_denoise(apply, predict, NULL)(X_T, LEVEL)
     for name in ("x0", "eps"):
         c, u = getattr(cond, name), getattr(uncond, name)
         np.testing.assert_allclose(getattr(guided, name), u + 2.5 * (c - u), rtol=1e-5, atol=1e-4)
 
 
+def test_one_level_serves_the_whole_batch():
+    apply, calls = recorder()
+    level = Level(*(jnp.float32(value) for value in (2.5, 0.8, 0.6)))
+    prediction = make_denoise(apply, "v", COND, NULL, 3.0)(X_T, level)
+    np.testing.assert_array_equal(calls[0][1], [2.5] * 4)
+    np.testing.assert_allclose(prediction.x0, 0.8 * X_T - 0.6 * jnp.array([[-17.0], [-34.0]]))
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_clipping_keeps_x0_in_range_and_eps_in_agreement(predict):
+    x_t, raw = 3 * jax.random.normal(jax.random.key(0), (2, 2, 400))
+    level = SCHEDULE.level(T, 2)
+    free, clipped = (
+        make_denoise(lambda *_: raw, predict, clip_x0=clip)(x_t, level) for clip in (False, True)
+    )
+    inside = np.abs(free.x0) <= 1
+    assert inside.any() and not inside.all()
+    np.testing.assert_array_equal(clipped.x0, np.clip(free.x0, -1, 1))
+    np.testing.assert_allclose(clipped.eps[inside], free.eps[inside], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(level.noised(clipped.x0, clipped.eps), x_t, rtol=1e-5, atol=1e-5)
+
+
 def test_changing_a_traced_scale_does_not_compile_again():
     apply, calls = recorder()
-    run = jax.jit(lambda s: make_denoise(apply, SCHEDULE, "eps", COND, NULL, s)(X_T, T).eps)
+    run = jax.jit(lambda s: make_denoise(apply, "eps", COND, NULL, s)(X_T, LEVEL).eps)
     np.testing.assert_allclose(run(1.0)[:, 0], [1, 2])
     np.testing.assert_allclose(run(0.0)[:, 0], [10, 20])
     assert len(calls) == 1
@@ -71,7 +94,7 @@ def test_changing_a_traced_scale_does_not_compile_again():
 @pytest.mark.parametrize("cond, null", [(COND, None), (None, None), (Condition(), Condition())])
 def test_guidance_without_a_null_condition(cond, null):
     with pytest.raises(UserError, match="null condition"):
-        make_denoise(recorder()[0], SCHEDULE, "eps", cond, null, 2.0)
+        make_denoise(recorder()[0], "eps", cond, null, 2.0)
 
 
 def full_condition(value, batch_size):

@@ -50,6 +50,27 @@ def test_log_variance_and_vlb_terms():
     np.testing.assert_allclose(per_example, expected, rtol=1e-6)
 
 
+def test_a_log_variance_per_time_step():
+    z, noise, t = latents(3), latents(3, seed=1), jnp.array([5, 30, 30])
+    values = jnp.linspace(-1, 1, 40)
+    per_example, aux = make_loss(SCHEDULE, log_variance=values)(network, z, t, noise)
+    expected = [
+        make_loss(SCHEDULE, log_variance=float(values[i]))(network, z, t, noise)[0][n]
+        for n, i in enumerate(t)
+    ]
+    np.testing.assert_allclose(per_example, expected, rtol=1e-6)
+    np.testing.assert_array_equal(aux["log_variance"], values[t])
+    np.testing.assert_array_equal(aux["loss_gamma"], per_example)
+
+    def total(values):
+        return make_loss(SCHEDULE, log_variance=values)(network, z, t, noise)[0].sum()
+
+    slope = 1 - aux["loss_simple"] / jnp.exp(values[t])  # of e / exp(v) + v
+    np.testing.assert_allclose(
+        jax.grad(total)(values), jnp.zeros(40).at[t].add(slope), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_vlb_term_of_v_equals_that_of_eps():
     z, noise, t = latents(4), latents(4, seed=1), jnp.array([1, 9, 20, 39])
     alpha, sigma = (x[np.asarray(t)].reshape(4, 1, 1, 1) for x in (SCHEDULE.alpha, SCHEDULE.sigma))

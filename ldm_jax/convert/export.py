@@ -1,0 +1,62 @@
+"""A workdir in the layouts of other tools."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import yaml
+
+from ldm_jax import tensors
+from ldm_jax import workdir as files
+from ldm_jax.convert.compvis_model import write_model
+from ldm_jax.convert.diffusers import write_folder
+from ldm_jax.convert.model import Model
+from ldm_jax.convert.torch_file import save_checkpoint
+
+
+def open_model(workdir: pathlib.Path) -> Model:
+    """Opens a trained or imported workdir; weights in safetensors are not read yet.
+
+    Raises:
+        UserError: no workdir, or not trained yet.
+    """
+    config = files.read_config(workdir)
+    weights = {"first_stage": files.open_first_stage(workdir, config)}
+    step, folder = 0, pathlib.Path(config.text.tokenizer or workdir / files.TOKENIZER)
+    if config.train.steps > 0:
+        step, parts = files.open_weights(workdir, config)
+        weights |= parts
+    tokenizer = folder if "text" in config.conditioners and folder.is_dir() else None
+    return Model(config, weights, tokenizer, files.read_labels(workdir), step)
+
+
+def export_compvis(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes `model.ckpt`, `model.safetensors` and `config.yaml` of the original code's layout."""
+    state_dict, yaml_dict = write_model(model)
+    paths = [out / name for name in ("config.yaml", "model.safetensors", "model.ckpt")]
+    files.write_text(paths[0], yaml.safe_dump(yaml_dict, sort_keys=False))
+    tensors.save_tensors(paths[1], state_dict)
+    save_checkpoint(paths[2], state_dict)
+    return paths
+
+
+def export_diffusers(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes a folder that `from_pretrained` of diffusers reads."""
+    write_folder(model, out)
+    return [out]
+
+
+def export_safetensors(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes plain safetensors with our names, a folder that `ldm_jax.load` reads."""
+    files.save_model(
+        out, model.config, model.weights, model.step, model.label_names, model.tokenizer
+    )
+    return [out]
+
+
+EXPORTS: dict[str, Callable[[Model, pathlib.Path], list[pathlib.Path]]] = {
+    "compvis": export_compvis,
+    "diffusers": export_diffusers,
+    "safetensors": export_safetensors,
+}

@@ -1,0 +1,155 @@
+"""The complete default config: every key that exists, with the paper's usual value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def _train_block(**changes: Any) -> ConfigDict:
+    """Optimisation of one stage; both stages have the same keys."""
+    return ConfigDict(
+        dict(
+            batch_size=48,  # images per update, over all devices and hosts
+            steps=100_000,  # updates of the whole stage
+            lr=1e-4,  # peak learning rate, absolute (not scaled by batch or devices)
+            lr_decay="constant",  # after the warm-up: constant | cosine | linear
+            lr_start=1e-6,  # share of lr at which the warm-up starts
+            lr_end=0.0,  # share of lr at the end of a cosine or linear decay
+            decay_steps=0,  # step at which the decay ends; 0 = at `steps`
+            warmup_steps=0,  # linear warm-up
+            optimizer="adamw",  # adamw (the paper's) | muon
+            betas=(0.9, 0.999),  # of Adam
+            weight_decay=0.0,  # decoupled, as in AdamW
+            grad_clip=0.0,  # largest global gradient norm; 0 = no clipping
+            dtype="float32",  # compute type of the networks: float32 | bfloat16
+            log_every=100,  # steps between lines of metrics
+            picture_every=5000,  # steps between grids of samples or reconstructions; 0 = none
+            checkpoint_every=5000,  # steps between checkpoints
+            keep_checkpoints=3,  # how many of them stay on disk
+        )
+        | changes
+    )
+
+
+def get_config() -> ConfigDict:
+    """Returns the complete default, locked: every key that exists, with the paper's usual value."""
+    config = ConfigDict(
+        dict(
+            name="",  # the config file's name; set by the command line, names the workdir
+            seed=0,  # of initial weights, data order and all noise
+            data=dict(
+                source="emoji",  # emoji | folder:PATH | tfds:NAME
+                split="train",  # part of the source, e.g. train, test, train[:90%]
+                where="",  # keep the examples with COLUMN=VALUE in the metadata; '' = all
+                label="label",  # metadata column that serves as the field `label`
+                fields=(),  # columns besides the image that reach the model, e.g. ('label',)
+                resolution=256,  # side of the square training images, pixels
+                crop="center",  # center | random (a square of 0.5 to 1.0 of the shorter side)
+                flip=True,  # mirror half of the images
+                threads=8,  # that read and decode
+                cache_latents=False,  # encode the set once and keep its moments in host memory
+            ),
+            first_stage=dict(
+                kind="vq",  # kl | vq | identity (diffusion on pixels)
+                weights="",  # '' = train it first; or a workdir or an exported folder
+                width=128,  # channels at full resolution; a multiple of norm_groups
+                mult=(1, 2, 4),  # channel multiplier per level; f = patch * 2**(levels - 1)
+                depth=2,  # residual blocks per encoder level; the decoder has one more
+                attn_downsample=(),  # downsampling factors at which attention is used
+                mid_attn=True,  # attention at the lowest resolution
+                patch=1,  # pixels per side that enter as channels; 1 in the published models
+                norm_groups=32,  # of group normalisation; fewer for narrow networks
+                z_channels=3,  # between encoder and decoder and their 1x1 convolutions
+                channels=3,  # of the latents
+                codes=8192,  # size of the codebook (vq)
+                dropout=0.0,
+                loss="l1",  # reconstruction: l1 | l2
+                log_variance=0.0,  # at which the posterior's starts; low in short runs (kl)
+                kl_weight=1e-6,  # of the KL term, summed over C, h, w (kl)
+                codebook_weight=1.0,  # of the codebook and commitment term (vq)
+                # Latents are multiplied by: stored (what the first stage holds; 1 if just
+                # trained) | first_batch (1/std of the first batch) | scalar (1/std of the set)
+                # | channel (each channel to mean 0 and std 1) | a number such as 0.18215
+                latent_scale="stored",
+                stats_images=0,  # images measured for scalar and channel; 0 = the whole set
+                train=_train_block(lr=3.6e-5, betas=(0.5, 0.9), picture_every=1000),
+            ),
+            denoiser=dict(
+                width=224,  # channels at full latent resolution; multiples of 32
+                mult=(1, 2, 3, 4),  # channel multiplier per level
+                depth=2,  # residual blocks per encoder level; the decoder has one more
+                attn_downsample=(2, 4, 8),  # downsampling factors at which attention is used
+                num_heads=0,  # attention heads; 0 = as many as fit heads of head_dim
+                head_dim=32,  # channels per head, used where num_heads is 0
+                cross_attention=False,  # transformer blocks that attend to the context
+                transformer_depth=1,  # layers per transformer block
+                scale_shift=False,  # the time embedding scales and shifts instead of adding
+                resblock_resample=False,  # residual blocks instead of convolutions resample
+                conv_resample=True,  # False: levels are joined by plain pooling and repetition
+                split_qkv_first=False,  # layout of self-attention's qkv in some imported weights
+                dropout=0.0,
+                remat=False,  # recompute activations of each block in the backward pass
+            ),
+            conditioners=(),  # which of the blocks below are used, e.g. ('label',)
+            label=dict(
+                num_classes=1000,
+                width=512,  # of the embedding; slot vector needs 4 * denoiser.width
+                slot="context",  # context (one token for cross-attention) | vector (with time)
+                null=True,  # one more row: the null condition for classifier-free guidance
+            ),
+            text=dict(
+                # bert (the paper's transformer, trained with the denoiser) | clip | sentence
+                encoder="bert",
+                tokenizer="",  # folder with its vocabulary; '' = WORKDIR/tokenizer
+                vocab_size=30522,
+                width=1280,  # of the tokens
+                depth=32,  # layers
+                heads=8,
+                length=77,  # tokens that a caption is cut or padded to
+                mlp_width=5120,  # hidden units per layer (bert: 4 * width)
+                activation="gelu",  # gelu | quick_gelu (the published CLIP)
+                null_tokens=(101, 102),  # of the empty caption, the null condition; () = none
+                pad_token=0,  # fills up to `length`
+            ),
+            layout=dict(
+                vocab_size=8192,  # classes and quantised corners
+                width=512,  # of the tokens
+                depth=16,  # layers
+                length=92,  # tokens: three per box, and padding
+            ),
+            segmentation=dict(
+                num_classes=182,
+                channels=3,  # that the one-hot map is projected to
+                stages=2,  # halvings, down to the size of the latents
+            ),
+            diffusion=dict(
+                schedule="scaled_linear",  # scaled_linear (the paper's) | linear | cosine | sqrt
+                beta=(0.0015, 0.0195),  # first and last
+                steps=1000,  # T
+                predict="eps",  # what the network's output means: eps | x0 | v
+                loss="l2",  # l2 | l1
+            ),
+            train=_train_block(
+                lr=9.6e-5,
+                weight_decay=0.01,
+            ),
+            ema_decay=0.9999,  # of the denoiser's weights, reached by min(decay, (1+n)/(10+n))
+            cond_drop_rate=0.0,  # share of training examples that see the null condition
+            init_from="",  # workdir whose denoiser and conditioner are the start; '' = random
+            sample=dict(
+                sampler="ddim",  # ddim | ddpm | plms | dpmpp_2m | dpmpp_3m | euler | heun
+                steps=200,
+                eta=1.0,  # of ddim: 0 = deterministic to 1; 1 for ddpm and 0 for all others
+                # Noise levels visited: leading | uniform and quad (the reference's grids)
+                # | linspace | linspace_open | trailing | karras
+                spacing="leading",
+                guidance_scale=1.0,  # 1 = off
+                batch_size=16,  # images at a time, over all devices
+                num_samples=16,  # images in the grids that training writes
+                nearest=False,  # show the nearest training images beside the final grid
+            ),
+        )
+    )
+    return config.lock()

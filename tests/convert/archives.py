@@ -1,0 +1,110 @@
+"""Small writers of checkpoint files, byte by byte, so that tests need no PyTorch."""
+
+import io
+import json
+import pathlib
+import struct
+import zipfile
+
+FLOAT = "FloatStorage"
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def text(value: str) -> bytes:
+    data = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def group(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    return function + group(*arguments) + b"R"
+
+
+def mapping(*items: bytes) -> bytes:
+    """A dict of key, value, key, value ..."""
+    return b"}(" + b"".join(items) + b"u"
+
+
+ORDERED = name("collections", "OrderedDict") + b")R"
+
+
+def storage(count: int, key: str = "0", kind: str = FLOAT, module: str = "torch") -> bytes:
+    return group(text("storage"), name(module, kind), text(key), text("cpu"), number(count)) + b"Q"
+
+
+def tensor(
+    shape: tuple = (2, 3),
+    strides: tuple = (3, 1),
+    start: int = 0,
+    where: bytes | None = None,
+    count: int = 6,
+    function: str = "_rebuild_tensor_v2",
+    rest: tuple = (b"\x89", ORDERED),
+) -> bytes:
+    """A tensor as torch.save of any version since 1.6 describes it."""
+    return call(
+        name("torch._utils", function),
+        storage(count) if where is None else where,
+        number(start),
+        group(*map(number, shape)),
+        group(*map(number, strides)),
+        *rest,
+    )
+
+
+def pickled(body: bytes, protocol: int = 2) -> bytes:
+    return b"\x80" + bytes([protocol]) + body + b"."
+
+
+DATA = struct.pack("<6f", *range(6))
+GOOD = pickled(mapping(text("w"), tensor()))
+
+
+def archive(path: pathlib.Path, data: bytes = GOOD, **members: bytes) -> pathlib.Path:
+    """A .ckpt with the pickle `data` and one storage of six floats.
+
+    Keywords replace or add members of its folder; '__' in them stands for '/', '_' for '.'.
+    """
+    parts = {"data.pkl": data, "data/0": DATA, "version": b"3\n"}
+    parts |= {k.replace("__", "/").replace("_", "."): v for k, v in members.items()}
+    return archive_of(path, {f"archive/{k}": v for k, v in parts.items()})
+
+
+def archive_of(path: pathlib.Path, members: dict[str, bytes], compression: int = 0):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for member, content in members.items():
+            file.writestr(zipfile.ZipInfo(member), content, compression)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def patched(path: pathlib.Path, old: bytes, new: bytes, count: int = -1) -> pathlib.Path:
+    """Replaces bytes of a file, of the same number, from its end on."""
+    data = path.read_bytes()
+    assert len(old) == len(new) and old in data
+    parts = data.rsplit(old, count)
+    path.write_bytes(new.join(parts))
+    return path
+
+
+def safetensors(path: pathlib.Path, header: object, data: bytes = b"", length: int | None = None):
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(content) if length is None else length
+    path.write_bytes(struct.pack("<Q", size) + content + data)
+    return path
+
+
+def entry(start: int, end: int, shape: tuple = (1,), dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}

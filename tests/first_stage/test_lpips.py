@@ -1,0 +1,80 @@
+"""LPIPS against the original code."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_utils import load, quick_jit
+
+from ldm_jax.convert.losses import lpips_to_flax
+from ldm_jax.errors import UserError
+from ldm_jax.first_stage.lpips import LPIPS, unit_length
+
+
+@functools.cache
+def fixture_weights() -> dict:
+    """The variables of `LPIPS` for the fixtures: VGG16 by the formula, the heads of v0.1."""
+    golden = load("lpips_vgg16")
+    heads = {f"lin{i}.model.1.weight": golden[f"heads.lin{i}"] for i in range(5)}
+    return lpips_to_flax(golden.weights() | heads)
+
+
+@quick_jit
+def evaluate(variables, images, others):
+    """Gradient of the sum of the distances by `others`, and every stored output."""
+
+    def everything(others):
+        out = {"out.lpips": LPIPS().apply(variables, images, others)}
+        shares = LPIPS().apply(variables, images, others, method="layer_distances")
+        a = LPIPS().apply(variables, images, method="features")
+        b = LPIPS().apply(variables, others, method="features")
+        for i in range(5):
+            out[f"out.layer{i}_head"] = shares[:, i, None]
+            difference = jnp.square(unit_length(a[i]) - unit_length(b[i]))
+            out[f"out.layer{i}_unweighted"] = difference.sum(-1).mean((1, 2))
+            out[f"out.feat{i}_rms"] = jnp.sqrt(jnp.square(a[i]).mean())
+        return out["out.lpips"].sum(), out
+
+    return jax.grad(everything, has_aux=True)(others)
+
+
+def test_matches_the_original():
+    golden = load("lpips_vgg16")
+    images, others = golden.nhwc("in.x0"), golden.nhwc("in.x1")
+    gradient, out = evaluate(fixture_weights(), images, others)
+    out["out.lpips"] = out["out.lpips"][:, None, None, None]
+    assert out.keys() == {name for name in golden.arrays if name.startswith("out.")}
+    for key, value in out.items():
+        golden.check(key, value)
+    golden.check("grad.in1", gradient)
+
+
+def test_grey_images_are_those_with_three_equal_channels():
+    grey = np.random.RandomState(0).uniform(-1, 1, (2, 1, 16, 16, 1)).astype(np.float32)
+    coloured = np.repeat(grey, 3, axis=-1)
+    features = quick_jit(functools.partial(LPIPS().apply, method="features"))
+    for a, b in zip(
+        features(fixture_weights(), grey[0]), features(fixture_weights(), coloured[0]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_features_that_are_all_zero_have_a_gradient():
+    features = np.zeros((2, 3, 4), np.float32)
+    features[0] = 1.0
+    gradient = jax.grad(lambda x: (unit_length(x) * 3.0).sum())(features)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(unit_length(features)[0], 0.5)
+    np.testing.assert_array_equal(unit_length(features)[1], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 32, 32, 4), "1 or 3 channels, got 4"), ((1, 32, 15, 3), "at least 16x16, got 32x15")],
+)
+def test_images_that_it_cannot_take_are_refused(shape, message):
+    images = np.zeros(shape, np.float32)
+    with pytest.raises(UserError, match=message):
+        jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)
