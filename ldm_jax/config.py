@@ -55,7 +55,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c.segmentation.update(num_classes=min(c.segmentation.num_classes, 8))
     c.segmentation.stages = (downsampling(c) - 1).bit_length()
     for block in (c.first_stage.train, c.train):
-        block.update(batch_size=8, steps=2, warmup_steps=min(block.warmup_steps, 1))
+        steps = min(block.steps, 2)  # 0 means that there is no such stage
+        block.update(batch_size=8, steps=steps, warmup_steps=min(block.warmup_steps, 1))
         block.update(log_every=1, picture_every=2, checkpoint_every=2)
     c.sample.update(steps=2, batch_size=8, num_samples=8)
     return ConfigDict(c).lock()

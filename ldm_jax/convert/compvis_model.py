@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ldm_jax import builders
 from ldm_jax.convert import compvis
 from ldm_jax.convert.compvis_config import Yaml, to_config, to_yaml
-from ldm_jax.convert.model import Model, latent_variables
+from ldm_jax.convert.model import Model, add_facts, facts_of, latent_variables
 from ldm_jax.convert.tables import StateDict, to_flax
 from ldm_jax.convert.text import text_from_flax, text_to_flax
 from ldm_jax.errors import UserError
@@ -32,6 +32,7 @@ BUFFERS |= {"posterior_variance", "posterior_log_variance_clipped"}
 BUFFERS |= {"posterior_mean_coef1", "posterior_mean_coef2"}
 BUFFERS |= {"model_ema.decay", "model_ema.num_updates"}
 LOSSES = "loss."
+OWN = "ldm_jax"  # block of the YAML with what the original code does not know; it is ignored there
 
 
 def read_model(state_dict: StateDict, yaml: Yaml, null_class: bool | None = None) -> Model:
@@ -50,11 +51,22 @@ def read_model(state_dict: StateDict, yaml: Yaml, null_class: bool | None = None
         UserError: a model that we do not have, or weights that do not fit it; lists them.
     """
     config = to_config(yaml, null_class)
+    config, label_names, step = add_facts(config, yaml.get(OWN) or {})
+    scale = 1.0 if config.train.steps == 0 else _scale_factor(state_dict, yaml)
+    weights = read_weights(state_dict, config, scale)
+    return Model(config, weights, label_names=label_names, step=step)
+
+
+def read_weights(state_dict: StateDict, config: ConfigDict, scale: float = 1.0) -> dict[str, Any]:
+    """Makes the weights of a `Model` with this config; `scale` multiplies its latents.
+
+    Raises:
+        UserError: weights that do not fit the config; lists them.
+    """
     rest = {name: weight for name, weight in state_dict.items() if name not in BUFFERS}
     if config.train.steps == 0:
         first = _averaged(_without_losses(rest), "")
-        return Model(config, {"first_stage": _first_stage(config, first, 1.0)})
-    scale = _scale_factor(state_dict, yaml)
+        return {"first_stage": _first_stage(config, first, scale)}
     unet = _averaged({n: rest.pop(n) for n in list(rest) if n.startswith((UNET, EMA))}, "model.")
     unet = {name.removeprefix("diffusion_model."): weight for name, weight in unet.items()}
     first = _without_losses(_pop(rest, FIRST_STAGE))
@@ -73,7 +85,7 @@ def read_model(state_dict: StateDict, yaml: Yaml, null_class: bool | None = None
             weights[part] = read()
         except UserError as error:
             raise UserError(f"{part}: {error}") from error
-    return Model(config, weights)
+    return weights
 
 
 def _pop(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -185,6 +197,7 @@ def write_model(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     config, weights = model.config, model.weights
     scale = _one_scale(weights["first_stage"]["latents"])
     yaml = to_yaml(config, scale)
+    yaml[OWN] = facts_of(model, to_config(yaml))
     first = {}
     if config.first_stage.kind != "identity":
         module = builders.build_first_stage(config)

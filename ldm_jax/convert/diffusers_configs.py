@@ -257,7 +257,11 @@ def write_first_stage(config: ConfigDict, shift: float, scale: float) -> dict[st
 def _widths(name: str, c: Given) -> tuple[int, tuple[int, ...]]:
     """The width of the first level and the multipliers of all."""
     channels = c["block_out_channels"]
-    if not channels or len(channels) > LEVELS or not all(type(x) is int and x > 0 for x in channels):
+    if (
+        not channels
+        or len(channels) > LEVELS
+        or not all(type(x) is int and x > 0 for x in channels)
+    ):
         refuse(name, "block_out_channels", channels, f"1 to {LEVELS} whole numbers")
     if any(count % channels[0] for count in channels):
         refuse(name, "block_out_channels", channels, "multiples of the first")

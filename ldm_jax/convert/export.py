@@ -35,7 +35,7 @@ def export_compvis(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes `model.ckpt`, `model.safetensors` and `config.yaml` of the original code's layout."""
     state_dict, yaml_dict = write_model(model)
     paths = [out / name for name in ("config.yaml", "model.safetensors", "model.ckpt")]
-    files.write_text(paths[0], yaml.safe_dump(yaml_dict, sort_keys=False))
+    files.write_text(paths[0], yaml.safe_dump(yaml_dict, sort_keys=False, allow_unicode=True))
     tensors.save_tensors(paths[1], state_dict)
     save_checkpoint(paths[2], state_dict)
     return paths

@@ -119,7 +119,9 @@ def make_step(
 
     def step(carry: tuple, xs: tuple[Array, Row, Array | None, Array | None]) -> tuple:
         index, row, noise, for_known = xs
-        if "noise" in row and noise is None:
+        if "noise" not in row:
+            noise = None
+        elif noise is None:
             noise = step_noise(keys, index, carry[0].shape[1:])
         if known is not None and sampler.blend == "before":
             carry = blend(carry, index, row, for_known)

@@ -71,7 +71,9 @@ def reconstruction_loss(
         metrics |= {"perceptual": distance.mean(), "reconstruction_error": error.mean()}
     negative_log_likelihood = error * jnp.exp(-log_variance) + log_variance
     axes = (1, 2, 3)
-    total = negative_log_likelihood.sum(axes) if kind == "kl" else negative_log_likelihood.mean(axes)
+    total = (
+        negative_log_likelihood.sum(axes) if kind == "kl" else negative_log_likelihood.mean(axes)
+    )
     return total, metrics | {"reconstruction": total.mean()}
 
 
@@ -110,7 +112,7 @@ def autoencoder_loss(
     kl_weight: float = 1e-6,
     codebook_weight: float = 1.0,
 ) -> tuple[Array, Metrics]:
-    """Loss without a discriminator: images (B, H, W, 3), results of `autoencode` -> scalar, metrics.
+    """Loss without a discriminator: images and the results of `autoencode` -> scalar, metrics.
 
     Args:
         reconstruction: (B, H, W, 3).

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, by their Gaussian fits (Heusel et al. 2017)."""
+"""The Frechet distance of two sets of features, by their Gaussian fits (Heusel et al. 2017)."""
 
 from __future__ import annotations
 

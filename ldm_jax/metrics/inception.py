@@ -1,4 +1,4 @@
-"""Inception-v3 as the Frechet distance uses it: the TensorFlow network of 2015 (Szegedy et al. 2016).
+"""Inception-v3 as the Frechet distance uses it: TensorFlow's of 2015 (Szegedy et al. 2016).
 
 Submodules are called as in that network's graph. It differs from the network of the paper in its
 pooling: averages leave out the padding, and the last block takes a maximum.
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
 
 
 def resize_bilinear(images: Array, size: int = SIZE, half_pixel: bool = True) -> Array:
-    """Resizes (B, H, W, C) to (B, size, size, C) from two neighbours per axis, without antialiasing.
+    """Resizes (B, H, W, C) to (B, size, size, C) bilinearly, without antialiasing.
 
     Args:
         images: of any size.

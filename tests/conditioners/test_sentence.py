@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from golden_utils import quick_jit
 
 from ldm_jax.conditioners.sentence import SentenceEncoder
-from ldm_jax.convert.text import text_to_flax
+from ldm_jax.convert.text import abstract_params, text_from_flax
 from ldm_jax.errors import UserError
 
 SMALL = SentenceEncoder(
@@ -61,8 +63,56 @@ def test_more_tokens_than_positions():
         SMALL.clone(length=17).init(jax.random.key(0), {"tokens": TOKENS})
 
 
-def test_bert_of_transformers():
-    """The PyTorch model with random weights, small enough for the epsilon to count."""
+def bert_by_hand(params, tokens, mask):
+    """BERT's formulas in float64, one text at a time: tokens (L,), mask (L,) -> (L, width)."""
+
+    def dense(h, layer):
+        return h @ layer["kernel"] + layer["bias"]
+
+    def norm(h, layer):
+        h = h - h.mean(-1, keepdims=True)
+        return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-12) * layer["scale"] + layer["bias"]
+
+    embed = params["embed"]
+    x = embed["tokens"][tokens] + embed["positions"][: len(tokens)] + params["token_types"][0]
+    x = norm(x, params["norm_in"])
+    for i in range(SMALL.depth):
+        layer = params[f"layers_{i}"]
+        heads = [np.split(dense(x, layer[name]), SMALL.heads, axis=-1) for name in ("q", "k", "v")]
+        found = []
+        for q, k, v in zip(*heads, strict=True):
+            weights = np.exp(q @ k.T / np.sqrt(q.shape[-1])) * mask
+            found.append(weights / weights.sum(-1, keepdims=True) @ v)
+        x = norm(x + dense(np.concatenate(found, -1), layer["out"]), layer["norm_0"])
+        h = dense(x, layer["mlp_in"])
+        h = h * (1 + np.vectorize(math.erf)(h / math.sqrt(2))) / 2
+        x = norm(x + dense(h, layer["mlp_out"]), layer["norm_1"])
+    return x
+
+
+def random_params(scale):
+    """Weights of which the norms' inputs are small, where `scale` is: their epsilon counts."""
+    draw, shapes = np.random.RandomState(0), abstract_params(SMALL)
+
+    def weight(path, shape):
+        noise = 0.2 * draw.standard_normal(shape.shape)
+        return 1 + noise if path[-1].key == "scale" else scale * noise
+
+    return jax.tree_util.tree_map_with_path(weight, shapes)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_bert_by_hand(scale):
+    params, mask = random_params(scale), np.asarray(TOKENS != 0)
+    narrow = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
+    context = apply({"params": narrow}, {"tokens": TOKENS}).context
+    for i, tokens in enumerate(np.asarray(TOKENS)):
+        want = bert_by_hand(params, tokens, mask[i])
+        np.testing.assert_allclose(context[i], want, atol=2e-5 * np.sqrt((want**2).mean()))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_bert_of_transformers(scale):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -73,16 +123,13 @@ def test_bert_of_transformers():
         intermediate_size=48,
         max_position_embeddings=16,
     )
-    torch.manual_seed(0)
-    model = transformers.BertModel(config).eval()
-    for scale in (1.0, 1e-4):
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            parameter.data = 1 + 0.2 * noise if "LayerNorm.weight" in name else 0.2 * scale * noise
-        with torch.no_grad():
-            tokens = torch.tensor(np.asarray(TOKENS)).long()
-            want = model(tokens, attention_mask=(tokens != 0).long()).last_hidden_state.numpy()
-        weights = {name: value.numpy() for name, value in model.state_dict().items()}
-        params = text_to_flax(weights, SMALL, "hf")
-        context = SMALL.apply({"params": params}, {"tokens": TOKENS}).context
-        np.testing.assert_allclose(context, want, atol=2e-5)
+    params = jax.tree.map(lambda w: np.asarray(w, np.float32), random_params(scale))
+    weights = text_from_flax(params, SMALL, "hf")
+    weights = {name: torch.tensor(np.ascontiguousarray(w)) for name, w in weights.items()}
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        tokens = torch.tensor(np.asarray(TOKENS)).long()
+        want = model(tokens, attention_mask=(tokens != 0).long()).last_hidden_state.numpy()
+    context = apply({"params": params}, {"tokens": TOKENS}).context
+    np.testing.assert_allclose(context, want, atol=2e-5 * np.sqrt((want**2).mean()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import jax
@@ -15,24 +16,19 @@ from ldm_jax.convert.model import Model, latent_variables
 
 VQ = dict(kind="vq", width=32, mult=(1, 2, 2), depth=1, norm_groups=32, codes=16)
 VQ |= dict(attn_downsample=(), mid_attn=True, z_channels=3, channels=3)
-KL = VQ | dict(kind="kl", mult=(1, 2, 1, 1), attn_downsample=(4, 8), z_channels=4, channels=4)
+KL = VQ | dict(kind="kl", mult=(1, 2, 1, 1), z_channels=4, channels=4)
 UNET = dict(width=32, mult=(1, 2), depth=1, attn_downsample=(2,), num_heads=0, head_dim=16)
 LABEL = dict(num_classes=5, width=24, slot="context", null=True)
 TEXT = dict(vocab_size=40, width=32, depth=2, heads=2, length=8, mlp_width=128)
 TEXT |= dict(null_tokens=(38, 39), pad_token=39)
 CLIP = TEXT | dict(encoder="clip", activation="quick_gelu")
-BERT = TEXT | dict(encoder="bert", null_tokens=(1, 2), pad_token=0)
+BERT = TEXT | dict(encoder="bert", length=77, null_tokens=(1, 2), pad_token=0)
 
 # What differs from the default, by the name of a block.
-UNCONDITIONAL = dict(first_stage=VQ, denoiser=UNET)
-RESAMPLING = dict(
-    first_stage=VQ,
-    denoiser=UNET
-    | dict(num_heads=1, scale_shift=True, resblock_resample=True, mult=(1, 2, 2), depth=2),
-)
+RESAMPLING = UNET | dict(num_heads=1, scale_shift=True, resblock_resample=True)
 MODELS = {
-    "uncond": UNCONDITIONAL,
-    "resampling": RESAMPLING,
+    "uncond": dict(first_stage=VQ, denoiser=UNET),
+    "resampling": dict(first_stage=VQ, denoiser=RESAMPLING | dict(mult=(1, 2, 2))),
     "class_context": dict(
         first_stage=VQ | dict(mid_attn=False),
         denoiser=UNET | dict(cross_attention=True, num_heads=2),
@@ -52,7 +48,7 @@ MODELS = {
         conditioners=("text",),
     ),
     "text_clip": dict(
-        first_stage=KL,
+        first_stage=KL | dict(mult=(1, 1)),
         denoiser=UNET | dict(cross_attention=True, num_heads=4),
         text=CLIP,
         conditioners=("text",),
@@ -70,22 +66,25 @@ MODELS = {
         layout=dict(vocab_size=20, width=32, depth=1, length=6),
         conditioners=("layout",),
     ),
-    "pixels": dict(first_stage=dict(kind="identity"), denoiser=UNET),
+    "pixels": dict(first_stage=dict(kind="identity"), denoiser=UNET | dict(split_qkv_first=True)),
+    "kl": dict(first_stage=KL | dict(attn_downsample=(4, 8), norm_groups=16)),
+    "vq": dict(first_stage=VQ | dict(z_channels=4, mid_attn=False)),
 }
 
 
-def make_config(blocks: dict, resolution: int = 32) -> ConfigDict:
+def make_config(blocks: dict) -> ConfigDict:
     """The default with some blocks changed, checked."""
     c = config.get_config()
     c.unlock()
-    c.data.update(resolution=resolution)
+    alone = list(blocks) == ["first_stage"]
+    c.data.resolution = 128 if alone else 32
     for name, block in blocks.items():
         if name == "conditioners":
             c.conditioners = block
         else:
             c[name].update(block)
     c.data.fields = tuple(field for name in c.conditioners for field in config.FIELDS[name])
-    c.train.steps = 0 if list(blocks) == ["first_stage"] else c.train.steps
+    c.train.steps = 0 if alone else c.train.steps
     c.sample.update(steps=4, eta=0.0)
     return config.check(ConfigDict(c).lock())
 
@@ -121,19 +120,16 @@ def shapes(c: ConfigDict) -> dict:
     found = {"first_stage": {k: v for k, v in first_stage.items() if k == "params"}}
     if c.train.steps == 0:
         return found
-    batch = examples(c)
+    batch = fields.examples(c, 1)
     module = builders.build_conditioner(c)
     found["conditioner"] = jax.eval_shape(module.init, key, batch).get("params", {})
-    cond = jax.eval_shape(lambda params: module.apply(params, batch), {"params": found["conditioner"]})
+    cond = jax.eval_shape(
+        lambda params: module.apply(params, batch), {"params": found["conditioner"]}
+    )
     side, channels = config.latent_size(c), config.latent_channels(c)
     x_t, t = jnp.zeros((1, side, side, channels)), jnp.zeros((1,))
     found["denoiser"] = jax.eval_shape(builders.build_denoiser(c).init, key, x_t, t, cond)["params"]
     return found
-
-
-def examples(c: ConfigDict, batch_size: int = 1) -> dict:
-    """A batch of zeros with every field."""
-    return fields.examples(c, batch_size)
 
 
 def flat(weights: dict) -> dict[tuple[str, ...], np.ndarray]:
@@ -151,9 +147,21 @@ def assert_same(ours: Model, theirs: Model) -> None:
     assert (ours.label_names, ours.step) == (theirs.label_names, theirs.step)
 
 
-def make_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    """A BERT vocabulary of 40 words; CLIP's pipeline needs other files."""
+def make_tokenizer(folder: pathlib.Path, encoder: str) -> pathlib.Path:
+    """A vocabulary of 40 tokens for 'bert' or 'clip'."""
     folder.mkdir()
+    if encoder == "clip":
+        letters = [chr(ord("a") + i) for i in range(19)]
+        tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+        tokens += ["<|startoftext|>", "<|endoftext|>"]
+        vocabulary = {token: i for i, token in enumerate(tokens)}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT["length"]}
+        settings |= {"pad_token": tokens[-1], "unk_token": tokens[-1]}
+        settings |= {"bos_token": tokens[-2], "eos_token": tokens[-1]}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return folder
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(35))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')

@@ -10,7 +10,8 @@ from golden_utils import load_manifest
 from test_configs import CONFIGS
 from test_configs import load as load_config
 
-from ldm_jax.convert.compvis_model import read_weights
+from ldm_jax.convert.compvis_model import read_weights, write_model
+from ldm_jax.convert.model import Model
 from ldm_jax.tensors import LazyArray
 from ldm_jax.training.steps import diffusion_functions, first_stage_functions
 
@@ -83,11 +84,13 @@ LONG = {"layout_openimages", "layout_coco", "semantic_landscapes512"}
 
 @pytest.mark.parametrize("name", marked(ZOO, SAME))
 def test_parameters_are_the_published_ones(name):
-    """Reading is strict: each name is a weight of ours, or a known leftover, and none is missing."""
+    """Reading is strict: each name is a weight of ours or a known leftover, and none is missing."""
     manifest = load_manifest(name)
     state_dict = {key: unread(shape) for key, shape in manifest["state_dict"].items()}
     config = config_of(ZOO[name])
     weights = read_weights(state_dict, config)
+    written, _ = write_model(Model(config, weights))
+    assert written.items() and all(written[k].shape == state_dict[k].shape for k in written)
     sizes = {part: sub.get("params", 0) for part, sub in manifest["submodules"].items()}
     if config.train.steps == 0:
         want = sum(sizes.get(part, 0) for part in FIRST_STAGE_PARTS)

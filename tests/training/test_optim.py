@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden_utils import load
 
 from ldm_jax import config as config_lib
 from ldm_jax.training.optim import learning_rate, make_optimizer
@@ -41,6 +42,85 @@ def test_adamw_is_that_of_pytorch():
         m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
         p = p - rate * (m / (1 - b1**i)) / (np.sqrt(v / (1 - b2**i)) + 1e-8)
         np.testing.assert_allclose(params["bias"], p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw_ldm", "adam_autoencoder"])
+def test_optimizer_steps_fixture(name):
+    golden = load("optimizer_steps")
+    options = golden.meta["config"][name]
+    optimizer = make_optimizer(
+        block(
+            lr=options["lr"],
+            betas=tuple(options["betas"]),
+            weight_decay=float(options["weight_decay"]),
+        )
+    )
+    params = {"bias": jnp.asarray(golden["in.param_0"])}
+    state = optimizer.init(params)
+    for i in range(1, 6):
+        grads = {"bias": jnp.asarray(golden[f"in.grad_{i}"])}
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params["bias"], golden[f"{name}.param_{i}"], rtol=1e-5)
+
+
+def cycle(warm_up, start, low, high, length):
+    """One cycle of a schedule of the original code, as settings here."""
+    return learning_rate(
+        block(
+            lr=high,
+            warmup_steps=warm_up,
+            lr_start=start / high,
+            lr_end=low / high,
+            decay_steps=length,
+            lr_decay="cosine",
+        )
+    )
+
+
+def test_lr_schedules_fixture():
+    golden = load("lr_schedules")
+    steps, configs = golden["in.steps"], golden.meta["config"]
+    with jax.enable_x64(True):  # the fixture is float64
+        c = configs["warmup_cosine"][1]
+        one = cycle(
+            c["warm_up_steps"], c["lr_start"], c["lr_min"], c["lr_max"], c["max_decay_steps"]
+        )
+        c = configs["warmup_cosine2"][1]
+        names = ("warm_up_steps", "f_start", "f_min", "f_max", "cycle_lengths")
+        first, second = (cycle(*(c[name][i] for name in names)) for i in (0, 1))
+        end = c["cycle_lengths"][0]  # whose last value is the first cycle's
+        c = {key: value[0] for key, value in configs["linear"][1].items()}
+        line = learning_rate(
+            block(
+                lr=c["f_max"],
+                warmup_steps=c["warm_up_steps"],
+                lr_start=c["f_start"],
+                lr_end=c["f_min"],
+                decay_steps=c["cycle_lengths"],
+                lr_decay="linear",
+            )
+        )
+        ours = {
+            "warmup_cosine": [one(n) for n in steps],
+            "warmup_cosine2": [first(n) if n <= end else second(n - end) for n in steps],
+            "linear": [line(n) for n in steps],
+        }
+    for name, values in ours.items():
+        np.testing.assert_allclose(values, golden[name], rtol=1e-9, err_msg=name)
+    in_float32 = [cycle(100, 0.001, 0.0001, 0.1, 1000)(n) for n in steps]
+    np.testing.assert_allclose(in_float32, golden["warmup_cosine"], rtol=1e-5)
+
+
+def test_a_line_falls_from_step_zero():
+    line = learning_rate(
+        block(lr=0.1, warmup_steps=10, lr_decay="linear", lr_end=0.2, decay_steps=100)
+    )
+    np.testing.assert_allclose(
+        [line(9), line(10), line(50), line(100), line(500)],
+        [0.09, 0.092, 0.06, 0.02, 0.02],
+        rtol=1e-4,
+    )
 
 
 def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adam():
