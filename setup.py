@@ -29,15 +29,19 @@ setup(
         "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not say so
         "numpy>=2.0,<3",
         "pillow>=11,<14",
+        "pyyaml>=6,<7",
         "safetensors>=0.5,<1",
         "tensorboard>=2.19,<3",
         "tqdm>=4.66,<5",
+        "transformers>=5,<6",  # its tokenizers only
     ],
     extras_require={
         "tf": ["tensorflow-cpu>=2.20,<3"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
+        # To compare with PyTorch; on CPUs, install a CPU build of torch first.
+        "parity": ["torch>=2.6,<3", "diffusers>=0.35,<1"],
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18"],
     },
 )

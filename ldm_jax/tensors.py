@@ -204,8 +204,7 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], di
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > min(MAX_HEADER, os.path.getsize(path) - 8):
                 raise UserError(
-                    f"{path} is not a readable safetensors file: its header would have "
-                    f"{length} bytes"
+                    f"{path} is not a readable safetensors file: its header is cut off or too long"
                 )
             text = file.read(length)
         # The library checks offsets against shapes, types and the file's size.

@@ -14,6 +14,7 @@ import numpy as np
 
 from ldm_jax.convert.compvis_config import Yaml
 from ldm_jax.convert.compvis_model import read_model
+from ldm_jax.convert.diffusers import read_folder
 from ldm_jax.convert.model import Model
 from ldm_jax.convert.tables import StateDict
 from ldm_jax.data.tokenizers import load_tokenizer
@@ -38,8 +39,6 @@ def import_compvis(
 
 def import_diffusers(folder: str | os.PathLike[str]) -> Pipeline:
     """Makes a pipeline of a folder in the layout of `diffusers`; raises UserError likewise."""
-    from ldm_jax.convert.diffusers import read_folder  # TEMP
-
     return to_pipeline(read_folder(folder))
 
 

@@ -1,8 +1,8 @@
 """Imports released checkpoints into a workdir, and exports a workdir to other tools.
 
-    python -m ldm_jax.convert import --checkpoint=model.ckpt --model_config=config.yaml --workdir=DIR
-    python -m ldm_jax.convert import --checkpoint=DIFFUSERS_FOLDER --workdir=DIR
-    python -m ldm_jax.convert export --workdir=DIR --format=compvis --out=OUT
+python -m ldm_jax.convert import --checkpoint=model.ckpt --model_config=model.yaml --workdir=DIR
+python -m ldm_jax.convert import --checkpoint=DIFFUSERS_FOLDER --workdir=DIR
+python -m ldm_jax.convert export --workdir=DIR --format=compvis --out=OUT
 
 An imported workdir can be sampled from, fine-tuned, exported, or used as a first stage.
 """

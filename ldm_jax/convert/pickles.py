@@ -17,7 +17,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.tensors import quote
 
 MAX_BYTES = 64 * 2**20
-MAX_STEPS = 4_000_000  # a checkpoint with its optimiser's state takes about 100 per weight
+MAX_STEPS = 2_000_000  # a checkpoint with its optimiser's state takes about 100 per weight
 
 LITERALS = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "

@@ -172,7 +172,7 @@ class OutputLoss(NamedTuple):
         reconstruction_grad: its gradient with respect to the reconstruction, (B, H, W, 3).
         log_variance_grad: its gradient with respect to `log_variance`, a scalar.
         metrics: those of the reconstruction, and 'log_variance', 'adversarial', 'adaptive_weight'
-            and 'adversarial_factor'.
+            (times `weight`) and 'adversarial_factor'.
     """
 
     value: Array

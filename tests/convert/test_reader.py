@@ -9,6 +9,7 @@ import pytest
 
 from convert import archives, hostile
 from convert.archives import mapping, name, number, pickled, storage, tensor, text
+from ldm_jax import tensors
 from ldm_jax.convert import pickles, reader
 from ldm_jax.convert.reader import open_checkpoint
 from ldm_jax.errors import UserError
@@ -45,6 +46,10 @@ def test_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "MAX_BYTES", 100)
     with pytest.raises(UserError, match=r"in 'archive/data.pkl': refused, more than 100"):
         open_checkpoint(path)
+    archives.safetensors(tmp_path / "m.safetensors", {"w": archives.entry(0, 4)}, bytes(4))
+    monkeypatch.setattr(tensors, "MAX_HEADER", 20)
+    with pytest.raises(UserError, match="cut off or too long"):
+        open_checkpoint(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,14 @@ P_LOSSES = ["none_eps", "none_x0", "crossattn_eps", "crossattn_x0", "concat_eps"
 P_LOSSES = [f"p_losses_{case}" for case in (*P_LOSSES, "hybrid_eps", "adm_eps")]
 
 
-@pytest.mark.parametrize("name", P_LOSSES)
+# Each network takes long to compile; that of the hybrid case has both a context and a concat.
+SLOW = {"p_losses_concat_eps", "p_losses_concat_x0", "p_losses_adm_eps"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in P_LOSSES],
+)
 def test_p_losses(name):
     golden, make, example, (module, params, *_, cond) = p_losses_of(name)
     seen = {}
