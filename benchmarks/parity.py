@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from absl import app, flags
@@ -159,7 +160,10 @@ def compare_text_encoder(config: ConfigDict) -> tuple[int, Result]:
 
 def condition(config: ConfigDict) -> Condition:
     """Shapes of the condition of one example."""
-    module, batch = builders.build_conditioner(config), fields.examples(config, 1)
+    size, channels = config_lib.latent_size(config), config_lib.latent_channels(config)
+    latents = jnp.zeros((1, size, size, channels))
+    batch = fields.add_latents(fields.examples(config, 1), lambda images: latents)
+    module = builders.build_conditioner(config)
     params = jax.eval_shape(module.init, jax.random.key(0), batch)
     return jax.eval_shape(module.apply, params, batch)
 
@@ -180,6 +184,7 @@ def state_dict(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def run(apply: Callable, params: dict, x: np.ndarray) -> np.ndarray:
     """Calls a function of ours once, compiled."""
+    params = jax.tree.map(np.asarray, params)  # some are reordered when they are read
     return np.asarray(jax.jit(apply)(params, x))
 
 

@@ -17,6 +17,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
@@ -40,7 +41,7 @@ from ldm_jax.convert.diffusers_parts import (
     write_scheduler,
     write_text,
 )
-from ldm_jax.convert.model import Model, latent_variables
+from ldm_jax.convert.model import Model, add_facts, facts_of, latent_variables
 from ldm_jax.convert.reader import open_checkpoint
 from ldm_jax.convert.tables import Row, to_flax
 from ldm_jax.convert.text import text_from_flax, text_to_flax
@@ -81,14 +82,10 @@ def read_folder(path: str | os.PathLike[str]) -> Model:
         if part != "tokenizer"
     }
     try:
-        config = derive(parts, index.get("_class_name", "")).to_dict()
-        flat = config_lib.flatten(config) | dict(own.get("config", {}))
-        config = config_lib.from_json(json.dumps(traverse_util.unflatten_dict(flat, sep=".")))
-        label_names, step = own.get("label_names"), int(own.get("step", 0))
-        if label_names is not None:
-            label_names = [str(name) for name in label_names]
+        derived = derive(parts, index.get("_class_name", ""))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
         raise UserError(f"{root} has a configuration that makes no sense: {error!r}") from error
+    config, label_names, step = add_facts(derived, own)
     weights = _read_weights(root, folders, parts, config)
     return Model(config, weights, folders.get("tokenizer"), label_names, step)
 
@@ -119,11 +116,8 @@ def write_folder(model: Model, out: str | os.PathLike[str]) -> None:
         tensors.save_tensors(root / OWN_WEIGHTS, own_weights)
     if model.tokenizer is not None:
         workdir.copy_tokenizer(model.tokenizer, root / "tokenizer")
-    derived = config_lib.flatten(derive(parts, (pipeline or {}).get("_class_name", "")))
-    ours = config_lib.flatten(config)
-    untold = {key: value for key, value in ours.items() if derived.get(key) != value}
-    facts = {"config": untold, "label_names": model.label_names, "step": model.step}
-    _write_json(root / OWN, {key: value for key, value in facts.items() if value})
+    derived = derive(parts, (pipeline or {}).get("_class_name", ""))
+    _write_json(root / OWN, facts_of(model, derived))
     if pipeline:
         _write_json(root / "model_index.json", pipeline)
 
@@ -321,7 +315,10 @@ def _is_theirs(module: Any) -> bool:
 
 def _abstract_params(config: ConfigDict) -> dict[str, Any]:
     """Shapes of the conditioners' params."""
-    module, batch = builders.build_conditioner(config), fields.examples(config, 1)
+    size, channels = config_lib.latent_size(config), config_lib.latent_channels(config)
+    latents = jnp.zeros((1, size, size, channels))
+    batch = fields.add_latents(fields.examples(config, 1), lambda images: latents)
+    module = builders.build_conditioner(config)
     return jax.eval_shape(module.init, jax.random.key(0), batch).get("params", {})
 
 

@@ -60,6 +60,7 @@ MODELS = {
         conditioners=("segmentation",),
     ),
     "super_resolution": dict(first_stage=VQ, denoiser=UNET, conditioners=("low_res",)),
+    "inpainting": dict(first_stage=VQ, denoiser=RESAMPLING, conditioners=("inpainting",)),
     "layout": dict(
         first_stage=VQ,
         denoiser=UNET | dict(cross_attention=True),
@@ -120,14 +121,14 @@ def shapes(c: ConfigDict) -> dict:
     found = {"first_stage": {k: v for k, v in first_stage.items() if k == "params"}}
     if c.train.steps == 0:
         return found
-    batch = fields.examples(c, 1)
+    side, channels = config.latent_size(c), config.latent_channels(c)
+    x_t, t = jnp.zeros((1, side, side, channels)), jnp.zeros((1,))
+    batch = fields.add_latents(fields.examples(c, 1), lambda images: x_t)
     module = builders.build_conditioner(c)
     found["conditioner"] = jax.eval_shape(module.init, key, batch).get("params", {})
     cond = jax.eval_shape(
         lambda params: module.apply(params, batch), {"params": found["conditioner"]}
     )
-    side, channels = config.latent_size(c), config.latent_channels(c)
-    x_t, t = jnp.zeros((1, side, side, channels)), jnp.zeros((1,))
     found["denoiser"] = jax.eval_shape(builders.build_denoiser(c).init, key, x_t, t, cond)["params"]
     return found
 

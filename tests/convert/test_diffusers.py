@@ -49,7 +49,7 @@ def copied(folder, tmp_path):
     return tmp_path
 
 
-SLOW = {"layout", "super_resolution"}  # which differ little from others
+SLOW = {"layout", "super_resolution", "inpainting"}  # which differ little from others
 
 
 @pytest.mark.parametrize(
