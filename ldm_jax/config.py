@@ -322,6 +322,18 @@ def _check_conditions(c: ConfigDict) -> None:
         )
 
 
+def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
+    """Names, among the conditioner's params, of the parts that are not trained.
+
+    CLIP and sentence encoders come with weights that have seen far more text.
+    """
+    return tuple(
+        f"parts_{i}"
+        for i, name in enumerate(config.conditioners)
+        if name == "text" and config.text.encoder in ("clip", "sentence")
+    )
+
+
 def has_null(config: ConfigDict) -> bool:
     """Tells whether every conditioner has a null condition, so that guidance is possible."""
     null = {"label": config.label.null, "text": bool(config.text.null_tokens)}

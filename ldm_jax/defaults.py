@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
                 split="train",  # part of the source, e.g. train, test, train[:90%]
                 where="",  # keep the examples with COLUMN=VALUE in the metadata; '' = all
                 label="label",  # metadata column that serves as the field `label`
+                caption="text",  # metadata column that is tokenized for the field `tokens`
                 fields=(),  # columns besides the image that reach the model, e.g. ('label',)
                 resolution=256,  # side of the square training images, pixels
                 crop="center",  # center | random (a square of 0.5 to 1.0 of the shorter side)

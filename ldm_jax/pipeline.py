@@ -21,13 +21,21 @@ from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
 
+# What works without a part, or how to get it.
+MISSING = {
+    "denoiser": "it can encode and decode, but not sample",
+    "conditioner": "give `denoise` a Condition, or import the whole model",
+    "first_stage": "it has latents only (decode=False); import the whole model for images",
+}
+
+
 class Pipeline:
     """A first stage, a denoiser and a conditioner with their weights.
 
     Attributes:
         config: the locked config of the run.
-        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params}; a first
-            stage on its own has neither of the last two and can only encode and decode.
+        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params}, or those
+            of them that the model has; a first stage on its own can encode and decode.
         step: of the checkpoint, in updates.
         label_names: names of the classes, or None where classes have only numbers.
         tokenizer: list of B captions -> (B, L) int32 tokens, or None where there is none.
@@ -108,7 +116,7 @@ class Pipeline:
             samplers.nearest_eta(sampler, s.eta) if eta is None else eta,
             choose(spacing, s.spacing),
         )
-        self._check_denoiser()
+        self._need("denoiser", "conditioner", *(["first_stage"] if decode else []))
         seeds = _check_seeds(seeds)
         fields = self._fields(condition, len(seeds))
         guided = scale != 1 and fields is not None
@@ -137,9 +145,11 @@ class Pipeline:
             choose(batch_size, s.batch_size),
         )
 
-    def _check_denoiser(self) -> None:
-        if "denoiser" not in self.variables:
-            raise UserError("this is a first stage only: it can encode and decode, but not sample")
+    def _need(self, *parts: str) -> None:
+        """Raises UserError unless there are weights of these parts."""
+        for part in parts:
+            if part not in self.variables:
+                raise UserError(f"this model has no weights of its {part}: {MISSING[part]}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -204,6 +214,7 @@ class Pipeline:
 
     def condition(self, fields: Mapping[str, Any]) -> Condition:
         """Encodes batch fields, e.g. {'label': [3, 5]}, into what the denoiser takes."""
+        self._need("conditioner")
         checked = self._fields(fields, len(next(iter(fields.values()))) if fields else 0)
         return self._condition_jit(self.variables, checked)
 
@@ -213,6 +224,7 @@ class Pipeline:
         Raises:
             UserError: the model was trained without one.
         """
+        self._need("conditioner")
         return self._null(self.variables, batch_size)
 
     def label(self, text: str | int) -> int:
@@ -257,7 +269,7 @@ class Pipeline:
 
     def _condition(self, variables: dict[str, Any], fields: dict[str, Array]) -> Condition:
         encode = functools.partial(
-            self._first_stage.apply, variables["first_stage"], method="encode"
+            self._first_stage.apply, variables.get("first_stage"), method="encode"
         )
         batch = fields_lib.add_latents(fields, encode)
         return self._conditioner.apply({"params": variables["conditioner"]}, batch)
@@ -285,10 +297,12 @@ class Pipeline:
             )
         if pixels.dtype != np.uint8:
             pixels = pixels.astype(np.float32)
+        self._need("first_stage")
         return self._encode_jit(self.variables, pixels)
 
     def decode(self, latents: Any) -> Array:
         """Decodes scaled latents (B, h, w, C) to images (B, H, W, 3) float32 in [-1, 1]."""
+        self._need("first_stage")
         return jnp.clip(self._decode_jit(self.variables, jnp.asarray(latents, jnp.float32)), -1, 1)
 
     def denoise(self, z_t: Any, t: Any, cond: Condition | None = None) -> Array:
@@ -296,7 +310,7 @@ class Pipeline:
 
         Without `cond`, a conditional model gets its null condition.
         """
-        self._check_denoiser()
+        self._need("denoiser")
         if cond is None:
             cond = self.null_condition(len(z_t)) if self.config.conditioners else Condition()
         z_t, t = jnp.asarray(z_t, jnp.float32), jnp.asarray(t, jnp.int32)

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ldm_jax import builders, images
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
+from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.pipeline import Batches, CachedSource, check_fields, epoch_batches
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.transforms import CachedTransform
@@ -41,11 +42,14 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     """
     config_lib.check(config)
     begin, mesh = time.perf_counter(), make_mesh()
-    source = open_data(config)
+    source = open_data(config, workdir)
     _check_parts(config, workdir, mesh)
     files.claim(workdir, config, allow_config_change)
     if "label" in config.data.fields and source.label_names:
         files.write_labels(workdir, source.label_names)
+    if "tokens" in config.data.fields:  # a run can then be sampled from anywhere
+        _, folder = files.training_tokenizer(workdir, config)
+        files.copy_tokenizer(folder, workdir / files.TOKENIZER)
     with Interrupts() as interrupts:
         job = _Run(config, workdir, source, mesh, interrupts)
         frozen = job.first_stage()
@@ -73,8 +77,14 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
         check_batch(config.first_stage.train.batch_size, mesh, "first_stage.train.batch_size")
     if config.train.steps == 0:
         return  # a first stage only
-    if config.init_from and not files.has_checkpoint(workdir):
-        files.check_same_architecture(config.init_from, config)
+    if not files.has_checkpoint(workdir):
+        if config.init_from:
+            files.check_same_architecture(config.init_from, config)
+        elif config_lib.frozen_parts(config) and not (workdir / files.WEIGHTS).is_file():
+            raise UserError(
+                f"config.text.encoder '{config.text.encoder}' is not trained here: set "
+                "config.init_from to an imported model that has its weights"
+            )
     s = config.sample
     make_table(s.sampler, builders.build_schedule(config), s.steps, s.eta, s.spacing)
     if s.guidance_scale != 1 and not config_lib.has_null(config):
@@ -85,15 +95,19 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
     jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
 
 
-def open_data(config: ConfigDict) -> Source:
+def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
     """Opens the data set and checks that the model's fields fit it.
 
     Raises:
-        UserError: no such data, a missing field, or labels that the config has no room for.
+        UserError: no such data, a missing field, labels that the config has no room for, or
+            captions without a tokenizer.
     """
     c = config.data
     label = c.label if "label" in c.fields else ""
     source = open_source(c.source, split=c.split, where=c.where, label=label)
+    if "tokens" in c.fields:
+        tokenizer, _ = files.training_tokenizer(workdir, config)
+        source = CaptionedSource(source, c.caption, tokenizer)
     check_fields(source, c.fields)
     if "label" in config.conditioners and source.num_labels > config.label.num_classes:
         raise UserError(
@@ -235,6 +249,10 @@ class _Run:
         """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""
         count = self.config.sample.num_samples
         condition = None
+        if "tokens" in self.config.data.fields:
+            # Captions of the data's first examples.
+            rows = [self.source[i % len(self.source)] for i in range(count)]
+            condition = {"tokens": np.stack([row["tokens"] for row in rows])}
         if "label" in self.config.conditioners:
             classes = min(self.config.label.num_classes, count)
             # Sorted, so that a row of the grid shows one class.

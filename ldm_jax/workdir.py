@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, random, tensors
 from ldm_jax import config as config_lib
-from ldm_jax.data.tokenizers import load_tokenizer
+from ldm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_jax.errors import UserError
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
@@ -165,13 +165,14 @@ def save_model(
 ) -> None:
     """Writes a whole model so that `load` reads it, tensor by tensor.
 
-    `weights` has 'first_stage' and, unless the model is a first stage only, 'denoiser' and
-    'conditioner', as in `Pipeline.variables`. The config comes last: without it, a folder whose
-    writing was interrupted is no workdir.
+    `weights` has 'first_stage', 'denoiser' and 'conditioner', as in `Pipeline.variables`, or some
+    of them. The config comes last: without it, a folder whose writing was interrupted is no
+    workdir.
     """
-    save_first_stage(workdir / "first_stage", config, weights["first_stage"])
-    if "denoiser" in weights:
-        parts = {name: weights[name] for name in ("denoiser", "conditioner")}
+    if "first_stage" in weights:
+        save_first_stage(workdir / "first_stage", config, weights["first_stage"])
+    parts = {name: weights[name] for name in ("denoiser", "conditioner") if name in weights}
+    if parts:
         tensors.save_tensors(workdir / WEIGHTS, parts, {"step": str(step)})
     if label_names:
         write_labels(workdir, label_names)
@@ -182,6 +183,8 @@ def save_model(
 
 def copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
     """Copies the files of a tokenizer; weights that lie beside them stay where they are."""
+    if source.resolve() == destination.resolve():
+        return
     destination.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         if path.suffix in (".json", ".txt", ".gz") and path.is_file():
@@ -231,8 +234,11 @@ def open_weights(workdir: str | os.PathLike[str], config: ConfigDict) -> tuple[i
         return _load_checkpoint(root / "checkpoints", config)
     if not (root / WEIGHTS).is_file():
         raise UserError(f"no checkpoint in {root}: run ldm_jax.train first")
+    names, metadata = tensors.open_tensors(root / WEIGHTS)
+    stored = {name.split("/")[0] for name in names}
     abstract = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
-    _, metadata = tensors.open_tensors(root / WEIGHTS)
+    # A UNet may have been imported on its own.
+    abstract = {n: tree for n, tree in abstract.items() if n in stored or not jax.tree.leaves(tree)}
     return int(metadata.get("step", 0)), tensors.open_tree(root / WEIGHTS, abstract)
 
 
@@ -245,23 +251,58 @@ def load(workdir: str | os.PathLike[str]) -> Pipeline:
     """
     root = pathlib.Path(workdir)
     config = read_config(root)
-    if not (root / "first_stage" / WEIGHTS).is_file():
+    variables, step = {}, 0
+    if (root / "first_stage" / WEIGHTS).is_file():
+        variables["first_stage"] = load_first_stage(root, config)
+    elif not (root / WEIGHTS).is_file():  # else a denoiser was imported on its own
         raise UserError(f"the first stage in {root} is not trained yet: run ldm_jax.train again")
-    variables, step = {"first_stage": load_first_stage(root, config)}, 0
     if config.train.steps > 0:  # else it is a first stage only
         step, weights = load_weights(root, config)
         variables |= weights
     return Pipeline(config, variables, step, read_labels(root), read_tokenizer(root, config))
 
 
-def read_tokenizer(
-    workdir: pathlib.Path, config: ConfigDict
-) -> Callable[[list[str]], np.ndarray] | None:
-    """Returns the tokenizer of a text-conditional model; None where there is none."""
-    folder = pathlib.Path(config.text.tokenizer or workdir / TOKENIZER)
-    if "text" not in config.conditioners or not (config.text.tokenizer or folder.is_dir()):
+def read_tokenizer(workdir: pathlib.Path, config: ConfigDict) -> Tokenizer | None:
+    """Returns the tokenizer of a text-conditional model; None where there is none.
+
+    Raises:
+        UserError: it cannot be read, or it has more tokens than the model.
+    """
+    folder = tokenizer_folder(workdir, config)
+    if folder is None:
         return None
-    return load_tokenizer(config.text.encoder, folder, config.text.length)
+    tokenizer = load_tokenizer(config.text.encoder, folder, config.text.length)
+    if len(tokenizer.backend) > config.text.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {len(tokenizer.backend)} tokens, but "
+            f"config.text.vocab_size is {config.text.vocab_size}"
+        )
+    return tokenizer
+
+
+def tokenizer_folder(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path | None:
+    """The folder of a model's tokenizer: the workdir's own, else the config's; None if neither."""
+    if "text" not in config.conditioners:
+        return None
+    own = workdir / TOKENIZER
+    if own.is_dir():
+        return own
+    return pathlib.Path(config.text.tokenizer) if config.text.tokenizer else None
+
+
+def training_tokenizer(workdir: pathlib.Path, config: ConfigDict) -> tuple[Tokenizer, pathlib.Path]:
+    """Returns the tokenizer to train with and its folder: the run's own, or its start's.
+
+    Raises:
+        UserError: none is given, or it cannot be read.
+    """
+    for root in (workdir, *([pathlib.Path(config.init_from)] if config.init_from else [])):
+        tokenizer = read_tokenizer(root, config)
+        if tokenizer is not None:
+            return tokenizer, tokenizer_folder(root, config)
+    raise UserError(
+        "captions need a tokenizer: set config.text.tokenizer to a folder with its vocabulary"
+    )
 
 
 def _load_checkpoint(directory: pathlib.Path, config: ConfigDict) -> tuple[int, dict[str, Any]]:

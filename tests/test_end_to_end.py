@@ -39,7 +39,7 @@ def pipe(workdir):
 
 
 def training_images(pipe, count=16):
-    source = open_data(pipe.config)
+    source = open_data(pipe.config, pathlib.Path("/none"))
     return np.stack(
         [transform(pipe.config).apply(source[i], Draw())["image"] for i in range(count)]
     )

@@ -140,6 +140,8 @@ def _find(root: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, Any]]:
         present = isinstance(value, list) and any(value)
         if present and not name.startswith("_") and name not in known and name not in LEFTOVERS:
             raise UserError(f"the pipeline in {root} has a part '{name}' {value}: not supported")
+        if present and name in known and not (root / name).is_dir():
+            raise UserError(f"the pipeline in {root} has a part '{name}', but no such folder")
     found = {
         part: [root / folder for folder in folders if (root / folder).is_dir()]
         for part, folders in FOLDERS.items()

@@ -23,11 +23,10 @@ def open_model(workdir: pathlib.Path) -> Model:
     """
     config = files.read_config(workdir)
     weights = {"first_stage": files.open_first_stage(workdir, config)}
-    step, folder = 0, pathlib.Path(config.text.tokenizer or workdir / files.TOKENIZER)
+    step, tokenizer = 0, files.tokenizer_folder(workdir, config)
     if config.train.steps > 0:
         step, parts = files.open_weights(workdir, config)
         weights |= parts
-    tokenizer = folder if "text" in config.conditioners and folder.is_dir() else None
     return Model(config, weights, tokenizer, files.read_labels(workdir), step)
 
 

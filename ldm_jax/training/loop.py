@@ -119,9 +119,10 @@ def restore_or_init(
 
 
 def _start_from(state: TrainState, start: Any, sharding: jax.sharding.Sharding) -> TrainState:
-    """Puts given weights, if any, in place of the random ones, and of their moving average."""
+    """Puts given parts, if any, in place of the random ones, and of their moving average."""
     if start is None:
         return state
+    start = state.params | start
     ema = {part: start[part] for part in state.ema_params}
     # Each is its own copy: the state is donated, and one buffer cannot be donated twice.
     params, ema = jax.device_put((start, ema), sharding, may_alias=False)

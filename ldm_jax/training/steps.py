@@ -12,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, fields, images, random
+from ldm_jax.config import frozen_parts as frozen_parts_of
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
 from ldm_jax.diffusion.objective import quartile_means
@@ -87,7 +88,13 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
     denoiser = builders.build_denoiser(config)
     conditioner = builders.build_conditioner(config)
     objective = builders.build_objective(config)
+    frozen_parts = frozen_parts_of(config)
     optimizer, rate = make_optimizer(config.train), learning_rate(config.train)
+    if frozen_parts:
+        optimizer = optax.multi_transform(
+            {"trained": optimizer, "frozen": optax.set_to_zero()},
+            lambda params: _labelled(params, frozen_parts),
+        )
 
     def init(key: Array) -> TrainState:
         size, channels = latent_size(config), latent_channels(config)
@@ -112,7 +119,12 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         return first_stage.apply(frozen, moments, keys, method="sample")
 
     def condition(params: Any, batch: Batch, keys: Array) -> Condition:
-        variables = {"params": params["conditioner"]}
+        # Without gradients, nothing of the backward pass through a frozen part is computed.
+        stopped = {
+            name: jax.lax.stop_gradient(part) if name in frozen_parts else part
+            for name, part in params["conditioner"].items()
+        }
+        variables = {"params": stopped}
         cond = conditioner.apply(variables, batch)  # with the latents that `step` has added
         if config.cond_drop_rate == 0:
             return cond
@@ -151,6 +163,16 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         return new, {"loss": loss, **quartiles, **_shared_metrics(rate, state, grads)}
 
     return init, step
+
+
+def _labelled(params: Any, frozen_parts: tuple[str, ...]) -> Any:
+    """A tree like `params` that says 'frozen' for the leaves of the named conditioners."""
+
+    def label(path: tuple, leaf: Array) -> str:
+        frozen = path[0].key == "conditioner" and path[1].key in frozen_parts
+        return "frozen" if frozen else "trained"
+
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _shared_metrics(rate: optax.Schedule, state: TrainState, grads: Any) -> Metrics:

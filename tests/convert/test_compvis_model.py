@@ -74,7 +74,7 @@ def test_a_first_stage_on_its_own_encodes_and_decodes():
     pipe = import_compvis(golden.weights() | leftovers, block)
     z = pipe.encode(golden.nhwc("in.x"))
     golden.check("out.decode_mode", np.asarray(pipe._decode_jit(pipe.variables, z)))
-    with pytest.raises(UserError, match="a first stage only"):
+    with pytest.raises(UserError, match="no weights of its denoiser"):
         pipe.sample([0])
 
 

@@ -102,6 +102,16 @@ def test_their_files_tell_the_architecture(folder, tmp_path):
     assert all(np.array_equal(ours[path], leaf) for path, leaf in flat(back.weights).items())
 
 
+def test_heads_are_split_before_q_k_and_v(folder):
+    _, out = folder
+    weights = load_file(out / "unet" / WEIGHTS)
+    place = "mid_block.attentions.0.to_"
+    q, k, v = (weights[f"{place}{name}.weight"] for name in "qkv")
+    rows = [w[16 * head : 16 * (head + 1)] for head in range(4) for w in (q, k, v)]
+    kernel = flat(folder[0].weights)["denoiser", "mid_attn", "qkv", "kernel"]
+    np.testing.assert_array_equal(kernel, np.concatenate(rows).T)
+
+
 def test_published_pipelines_of_vq_models_do_not_scale(folder, tmp_path):
     root = copied(folder[1], tmp_path)
     edit(root / "vqvae/config.json", scaling_factor=None)
@@ -146,6 +156,9 @@ def test_pixels_are_read_without_a_first_stage(folder, tmp_path):
     for path in [*(root / "vqvae").iterdir()]:
         path.unlink()
     (root / "vqvae").rmdir()
+    with pytest.raises(UserError, match="has a part 'vqvae', but no such folder"):
+        diffusers.read_folder(root)
+    edit(root / "model_index.json", vqvae=None)
     config = diffusers.read_folder(root).config
     assert (config.first_stage.kind, config.data.resolution) == ("identity", 8)
 

@@ -1,21 +1,28 @@
 """The same weights in `diffusers` and here give the same outputs; needs the extra [parity]."""
 
+import importlib
 import json
+import pathlib
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from golden_utils import quick_jit
 
-from convert.models import MODELS, make_model, make_tokenizer
+from convert.models import MODELS, make_model, make_tokenizer, shapes
 from ldm_jax import builders
 from ldm_jax.convert import to_pipeline
 from ldm_jax.convert.diffusers import read_folder, write_folder
+from ldm_jax.convert.diffusers_configs import write_first_stage, write_unet
+from ldm_jax.convert.diffusers_names import first_stage_from_flax, unet_from_flax
+from ldm_jax.errors import UserError
 from ldm_jax.types import Condition
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("diffusers")
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 RANDOM = np.random.default_rng(1)
 ROUNDING = 1e-4  # in float32, relative to the root mean square; most are below 2e-5
 
@@ -163,6 +170,36 @@ def test_imported_first_stage(kind, given, safe, tmp_path):
     )
     first_stage.save_pretrained(tmp_path, safe_serialization=safe)
     compare_first_stage(read_folder(tmp_path), first_stage)
+
+
+# Heads of more than one width.
+NOT_THEIRS = {"lsun_churches", "inpainting_big"}
+PUBLISHED = sorted({path.stem for path in CONFIGS.glob("*.py")} - {"imported", "quickstart"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_names_and_shapes(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    abstract = shapes(config)
+    pairs = [(write_first_stage(config, 0.0, 1.0), abstract["first_stage"]["params"])]
+    modules = [(first_stage_from_flax, builders.build_first_stage(config))]
+    if config.train.steps > 0:
+        kernels = {"/".join(k): v.shape for k, v in flatten_dict(abstract["denoiser"]).items()}
+        context = [shape[0] for path, shape in kernels.items() if path.endswith("cross/k/kernel")]
+        facts = kernels["conv_in/kernel"][2], context[0] if context else 0
+        if name in NOT_THEIRS:
+            with pytest.raises(UserError, match="num_heads"):
+                write_unet(config, *facts)
+        else:
+            pairs.append((write_unet(config, *facts), abstract["denoiser"]))
+            modules.append((unet_from_flax, builders.build_denoiser(config)))
+    for (given, params), (from_flax, module) in zip(pairs, modules, strict=True):
+        with torch.device("meta"):
+            network = getattr(theirs, given["_class_name"]).from_config(given)
+        zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), params)
+        ours = {key: weight.shape for key, weight in from_flax(zeros, module).items()}
+        assert ours == {key: tuple(w.shape) for key, w in network.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", ["uncond", "pixels", "text_bert", "text_clip"])
