@@ -1,12 +1,12 @@
 """Stable Diffusion v1: text-to-image 512x512 with CLIP ViT-L/14, on KL-f8 latents.
 
-python -m ldm_jax.train --config=configs/stable_diffusion_v1.py
+python -m ldm_jax.train --config=configs/stable_diffusion_v1.py --config.init_from=IMPORTED
 
 Source: the authors' stable-diffusion v1-inference.yaml and model card. 859.52M parameters in the
 UNet, 123.06M in the text encoder, 83.65M in the first stage. Trained on LAION-2B in stages, batch
 2048 on 256 A100: v1-1 237k steps at 256 and 194k at 512, v1-2 515k more, v1-4 225k more from v1-2
-with 10 % of the captions dropped. Its training data are not read yet, so train refuses; import,
-sampling and export work.
+with 10 % of the captions dropped. The text encoder is not trained: IMPORTED is a workdir with its
+weights and tokenizer (docs/models.md).
 """
 
 from ldm_jax import config as base

@@ -1,11 +1,12 @@
 """Text-to-image 256x256 with a text transformer, on VQ-f4 latents.
 
-python -m ldm_jax.train --config=configs/text2img256.py
+python -m ldm_jax.train --config=configs/text2img256.py --config.text.tokenizer=FOLDER
 
 Source: the authors' text2img256/config.yaml. 403.62M parameters in the UNet, 147.9M in the used
 part of the text transformer, 55.32M in the first stage. Reported with the released model: FID
 16.79, IS 13.89 (COCO, DDIM 100 steps, eta 0). Batch 28 per device; steps, hardware and days are not
-published. Its training data are not read yet, so train refuses; import, sampling and export work.
+published. FOLDER holds BERT's vocab.txt; captions come from metadata.jsonl beside the images
+(docs/models.md).
 """
 
 from ldm_jax import config as base

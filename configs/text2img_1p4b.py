@@ -1,13 +1,13 @@
 """Text-to-image 256x256, 1.45B parameters, on KL-f8 latents.
 
-python -m ldm_jax.train --config=configs/text2img_1p4b.py
+python -m ldm_jax.train --config=configs/text2img_1p4b.py --config.text.tokenizer=FOLDER
 
 Source: Rombach et al. 2022, Tables 2 and 15; the authors' txt2img-1p4B-eval.yaml. 872.30M
 parameters in the UNet, 542.8M in the used part of the text transformer, 83.65M in the first stage.
 Paper: FID 12.63, IS 30.29 (30k COCO captions, DDIM 250 steps, guidance 1.5; 23.31 and 20.03
 without) after 390k steps of batch 680 on LAION-400M; the rate of dropped captions, hardware and
-days are not published (the paper gives lr 1e-4, the YAML 5e-5). Its training data are not read yet,
-so train refuses; import, sampling and export work.
+days are not published (the paper gives lr 1e-4, the YAML 5e-5). FOLDER holds BERT's vocab.txt;
+captions come from metadata.jsonl beside the images (docs/models.md).
 """
 
 from ldm_jax import config as base

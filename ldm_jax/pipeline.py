@@ -20,7 +20,6 @@ from ldm_jax.errors import UserError
 from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
-
 # What works without a part, or how to get it.
 MISSING = {
     "denoiser": "it can encode and decode, but not sample",
