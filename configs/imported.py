@@ -1,9 +1,9 @@
 """The config of an imported or trained workdir, to fine-tune its model.
 
-python -m ldm_jax.train --config=configs/imported.py:WORKDIR --config.data.source=folder:PATH
+python -m ldm_jax.train --config=configs/imported.py:WORKDIR --workdir=NEW \\
+  --config.data.source=folder:PATH
 
-In the workdir itself the run starts from its weights. To leave it as it is, give another one by
---workdir=NEW --config.init_from=WORKDIR --config.first_stage.weights=WORKDIR.
+The run starts from the weights in WORKDIR, which stays as it is.
 """
 
 import pathlib
@@ -18,4 +18,10 @@ def get_config(arg=""):
     path = pathlib.Path(arg) / "config.json"
     if not path.is_file():
         raise UserError(f"{arg} is no workdir: it has no config.json")
-    return base.from_json(path.read_text(encoding="utf-8"))
+    c = base.from_json(path.read_text(encoding="utf-8"))
+    if not c.train.steps:
+        raise UserError(
+            f"{arg} is a first stage only: use it as --config.first_stage.weights={arg}"
+        )
+    c.init_from = c.first_stage.weights = arg
+    return c

@@ -20,7 +20,7 @@ from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.pipeline import Batches, CachedSource, check_fields, epoch_batches
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.transforms import CachedTransform
-from ldm_jax.diffusion.samplers import make_table
+from ldm_jax.diffusion.samplers import make_table, nearest_eta
 from ldm_jax.errors import UserError
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training import latents as latents_lib
@@ -68,6 +68,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
 def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
     """Refuses, before anything is written, what would only fail hours later."""
     check_batch(config.train.batch_size, mesh, "train.batch_size")
+    if (workdir / files.WEIGHTS).is_file():
+        raise UserError(
+            f"{workdir} holds an imported model: choose another --workdir, and "
+            f"--config=configs/imported.py:{workdir} to start from its weights"
+        )
     given = config.first_stage.weights
     if (workdir / "first_stage" / files.WEIGHTS).is_file():
         files.load_first_stage(workdir, config)
@@ -78,15 +83,18 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
     if config.train.steps == 0:
         return  # a first stage only
     if not files.has_checkpoint(workdir):
+        start = {}
         if config.init_from:
             files.check_same_architecture(config.init_from, config)
-        elif config_lib.frozen_parts(config) and not (workdir / files.WEIGHTS).is_file():
+            start = files.open_weights(config.init_from, config)[1]
+        if config_lib.frozen_parts(config) and "conditioner" not in start:
             raise UserError(
                 f"config.text.encoder '{config.text.encoder}' is not trained here: set "
                 "config.init_from to an imported model that has its weights"
             )
     s = config.sample
-    make_table(s.sampler, builders.build_schedule(config), s.steps, s.eta, s.spacing)
+    eta = nearest_eta(s.sampler, s.eta)
+    make_table(s.sampler, builders.build_schedule(config), s.steps, eta, s.spacing)
     if s.guidance_scale != 1 and not config_lib.has_null(config):
         raise UserError(
             f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
@@ -236,10 +244,8 @@ class _Run:
         return update(self._fit(stage, self._batches(source, stage.block), 3))
 
     def _starting_weights(self) -> dict[str, Any] | None:
-        """The weights to fine-tune, those of `init_from` or of an imported model in the workdir."""
+        """The weights to fine-tune, if any: a run that has a checkpoint goes on from there."""
         source = self.config.init_from
-        if not source and (self.workdir / files.WEIGHTS).is_file():
-            source = self.workdir
         if not source or files.has_checkpoint(self.workdir):
             return None
         print(f"diffusion: starting from the weights in {source}")

@@ -26,6 +26,9 @@ _SAMPLER = flags.DEFINE_string(
 )
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps per image.")
 _ETA = flags.DEFINE_float("eta", None, "Of ddim: 0 = deterministic to 1 = ancestral noise.")
+_SPACING = flags.DEFINE_string(
+    "spacing", None, "Noise levels visited: leading, uniform, quad, linspace, trailing, karras."
+)
 _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
 _LABEL = flags.DEFINE_list(
     "label", None, "Class numbers or names, used in turn. Default: all classes in turn."
@@ -57,7 +60,6 @@ def main() -> None:
     pipe = load(_WORKDIR.value)
     seeds = list(range(_SEED.value, _SEED.value + _NUM_SAMPLES.value))
     condition = _condition(pipe, len(seeds))
-    shown = {} if condition is None else condition
     defaults = pipe.config.sample
     sampler = defaults.sampler if _SAMPLER.value is None else _SAMPLER.value
     settings = {
@@ -65,15 +67,16 @@ def main() -> None:
         "steps": defaults.steps if _STEPS.value is None else _STEPS.value,
         "eta": nearest_eta(sampler, defaults.eta) if _ETA.value is None else _ETA.value,
         "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
+        "spacing": defaults.spacing if _SPACING.value is None else _SPACING.value,
     }
+    shown = {name: _plain(value) for name, value in (condition or {}).items() if name in READABLE}
     out = pathlib.Path(
         _OUT.value or pathlib.Path(_WORKDIR.value) / "samples" / f"step_{pipe.step:07d}"
     )
     try:
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
         pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
-        record = {"checkpoint_step": pipe.step, **settings, "spacing": defaults.spacing}
-        record |= {"seeds": seeds, "condition": {n: v for n, v in shown.items() if n in READABLE}}
+        record = {"checkpoint_step": pipe.step, **settings, "seeds": seeds, "condition": shown}
         images.save_numbered(out, pixels)
         if _GRID.value:
             images.save_png(out / "grid.png", images.make_grid(pixels))
@@ -87,6 +90,9 @@ def main() -> None:
 
 def _condition(pipe, count: int) -> dict[str, Any] | None:
     """The condition of every sample, in turn; None for an unconditional model."""
+    given = [flag for flag in (_CONDITION, _PROMPT, _LABEL) if flag.value]
+    if len(given) > 1:
+        raise UserError(f"give --{given[0].name} or --{given[1].name}, not both")
     if _CONDITION.value:
         return _read_condition(_CONDITION.value, count)
     if _PROMPT.value:
@@ -95,17 +101,24 @@ def _condition(pipe, count: int) -> dict[str, Any] | None:
         return {"text": [_PROMPT.value[i % len(_PROMPT.value)] for i in range(count)]}
     if _LABEL.value:
         chosen = [pipe.label(text) for text in _LABEL.value]
-    elif "label" in pipe.config.conditioners:
+    elif pipe.config.conditioners == ("label",):
         chosen = list(range(pipe.config.label.num_classes))
     else:
         return None
     return {"label": [chosen[i % len(chosen)] for i in range(count)]}
 
 
+def _plain(value: Any) -> list:
+    """A list that JSON can hold, of a list or an array."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
 def _read_condition(path: str, count: int) -> dict[str, Any]:
     """The fields of an .npz file, whose rows are used in turn."""
     import numpy as np
 
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"--condition={path} is no .npz file")
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = dict(stored)

@@ -152,7 +152,12 @@ def write_labels(workdir: pathlib.Path, names: Sequence[str]) -> None:
 def read_labels(workdir: pathlib.Path) -> list[str] | None:
     """Returns the class names of a run, if its classes have names."""
     path = workdir / "labels.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is no list of names: {error}") from error
 
 
 def save_model(
@@ -239,7 +244,10 @@ def open_weights(workdir: str | os.PathLike[str], config: ConfigDict) -> tuple[i
     abstract = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
     # A UNet may have been imported on its own.
     abstract = {n: tree for n, tree in abstract.items() if n in stored or not jax.tree.leaves(tree)}
-    return int(metadata.get("step", 0)), tensors.open_tree(root / WEIGHTS, abstract)
+    step = metadata.get("step", "0")
+    if not step.isdecimal():
+        raise UserError(f"{root / WEIGHTS} says that its step is '{step[:20]}'")
+    return int(step), tensors.open_tree(root / WEIGHTS, abstract)
 
 
 def load(workdir: str | os.PathLike[str]) -> Pipeline:

@@ -18,6 +18,7 @@ from ldm_jax import cli
 from ldm_jax.errors import UserError
 
 FORMATS = ("compvis", "diffusers", "safetensors")
+MAX_YAML = 2**20  # bytes; published ones have a few thousand
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "import: a .ckpt, .pt or .safetensors file, or a folder of diffusers."
@@ -39,6 +40,7 @@ _OUT = flags.DEFINE_string("out", "", "export: the folder to write.")
 
 def import_model() -> None:
     """Reads the flags and imports a checkpoint."""
+    _refuse_flags(_FORMAT, _OUT)
     source, root = _required(_CHECKPOINT, "model.ckpt"), _required(_WORKDIR, "runs/imported")
     _refuse_full(root, "--workdir")
     from ldm_jax import workdir as files
@@ -47,15 +49,18 @@ def import_model() -> None:
     from ldm_jax.convert.reader import open_checkpoint
 
     if source.is_dir():
-        if _MODEL_CONFIG.value:
-            raise UserError("a folder of diffusers has its own config: leave --model_config away")
+        _refuse_flags(_MODEL_CONFIG, _NULL_CLASS, why="a folder of diffusers has its own config")
         model = read_folder(source)
     else:
         weights = open_checkpoint(source)
         null_class = {"auto": None, "last": True, "none": False}[_NULL_CLASS.value]
         model = read_model(weights, _read_yaml(), null_class)
+        if "label" not in model.config.conditioners:
+            _refuse_flags(_NULL_CLASS, why="this model knows no classes")
     tokenizer = model.tokenizer
     if _TOKENIZER.value:
+        if "text" not in model.config.conditioners:
+            _refuse_flags(_TOKENIZER, why="this model reads no captions")
         tokenizer = pathlib.Path(_TOKENIZER.value)
         if not tokenizer.is_dir():
             raise UserError(f"no tokenizer folder {tokenizer}: check --tokenizer")
@@ -72,11 +77,13 @@ def import_model() -> None:
         print(f"use it as a first stage: --config.first_stage.weights={root}")
     else:
         print(f"sample: python -m ldm_jax.sample --workdir={root}")
-        print(f"fine-tune: python -m ldm_jax.train --config=configs/imported.py:{root}")
+        train = f"python -m ldm_jax.train --config=configs/imported.py:{root}"
+        print(f"fine-tune: {train} --workdir=NEW")
 
 
 def export_model() -> None:
     """Reads the flags and exports a workdir."""
+    _refuse_flags(_CHECKPOINT, _MODEL_CONFIG, _TOKENIZER, _NULL_CLASS)
     root, out = _required(_WORKDIR, "runs/quickstart"), _required(_OUT, "exported")
     if _FORMAT.value is None:
         raise UserError(f"no format given: use --format={'|'.join(FORMATS)}")
@@ -84,7 +91,6 @@ def export_model() -> None:
     from ldm_jax.convert import export
 
     try:
-        out.mkdir(parents=True, exist_ok=True)
         written = export.EXPORTS[_FORMAT.value](export.open_model(root), out)
     except OSError as error:
         raise UserError(
@@ -99,8 +105,16 @@ def _required(flag: flags.FlagHolder, example: str) -> pathlib.Path:
     return pathlib.Path(flag.value)
 
 
+def _refuse_flags(*given: flags.FlagHolder, why: str = "it has no meaning here") -> None:
+    for flag in given:
+        if flag.present:
+            raise UserError(f"leave --{flag.name} away: {why}")
+
+
 def _refuse_full(folder: pathlib.Path, flag: str) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: choose another {flag}")
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty: choose another {flag}")
 
 
@@ -109,11 +123,13 @@ def _read_yaml() -> dict:
 
     path = _required(_MODEL_CONFIG, "config.yaml")
     try:
+        if path.stat().st_size > MAX_YAML:
+            raise UserError(f"{path} is too long for a model's YAML: check --model_config")
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check --model_config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is no YAML file: {reason}") from error
 
 
@@ -131,11 +147,11 @@ def main() -> None:
     """Runs what the first argument names."""
     if len(sys.argv) > 1 and sys.argv[1] in ACTIONS:
         cli.run(ACTIONS[sys.argv[1]], sys.argv[:1] + sys.argv[2:])
-    cli.run(_refuse)
+    cli.run(_refuse, sys.argv if {"--help", "-h"} & set(sys.argv) else sys.argv[:1])
 
 
 def _refuse() -> None:
-    raise UserError("say what to do: python -m ldm_jax.convert import|export ... (see --help)")
+    raise UserError("say first what to do: python -m ldm_jax.convert import|export --flags")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def open_model(workdir: pathlib.Path) -> Model:
 def export_compvis(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes `model.ckpt`, `model.safetensors` and `config.yaml` of the original code's layout."""
     state_dict, yaml_dict = write_model(model)
+    out.mkdir(parents=True, exist_ok=True)  # after all that may be refused
     paths = [out / name for name in ("config.yaml", "model.safetensors", "model.ckpt")]
     files.write_text(paths[0], yaml.safe_dump(yaml_dict, sort_keys=False, allow_unicode=True))
     tensors.save_tensors(paths[1], state_dict)
