@@ -45,6 +45,7 @@ def main(_: list[str]) -> None:
     print(f"| model | parameters | {' | '.join(COLUMNS)} |")
     print("| --- | --- |" + " --- |" * len(COLUMNS), flush=True)
     for name in CONFIGS.value:
+        torch.manual_seed(0)
         config = importlib.import_module(f"configs.{name}").get_config()
         count, results = 0, {}
         if config.train.steps > 0:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,14 +75,20 @@ class LazyArray:
 
 
 def read_array(
-    path: str | os.PathLike[str], offset: int, count: int, dtype: np.dtype
+    path: str | os.PathLike[str],
+    offset: int,
+    count: int,
+    dtype: np.dtype,
+    crc: int = 0,
+    name: str = "the content",
 ) -> np.ndarray:
     """Reads `count` elements from byte `offset` of a file: (count,) of `dtype`.
 
-    No mapping of the file, whose pages would count as this process's memory.
+    No mapping of the file, whose pages would count as this process's memory. `crc` is the CRC-32
+    that these bytes must have, or 0 if it is not known, and `name` what they are, for messages.
 
     Raises:
-        UserError: the file is gone or ends earlier.
+        UserError: the file is gone or ends earlier, or its bytes are not those once written.
     """
     size = count * dtype.itemsize
     try:
@@ -89,7 +96,9 @@ def read_array(
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if data.size != size:
-        raise UserError(f"{path} ends within its weights: it was changed or is truncated")
+        raise UserError(f"{path} ends within {name}: it was changed or is truncated")
+    if crc and zlib.crc32(data) != crc:
+        raise UserError(f"{path} is damaged: {name} does not have its checksum; download it again")
     if dtype == np.bool_:
         return data != 0  # a byte other than 0 and 1 is no valid bool
     return data.view(dtype)
@@ -218,7 +227,10 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], di
         reason = "".join(c if c.isprintable() else "?" for c in str(error)[:300])
         raise UserError(f"{path} is not a readable safetensors file: {reason}") from error
 
-    header = json.loads(text.decode(), object_pairs_hook=functools.partial(unique, path))
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=functools.partial(unique, path))
+    except (ValueError, RecursionError) as error:  # the library passes over unknown fields
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
     metadata = header.pop(METADATA, None) or {}
     flat = {}
     for name, entry in header.items():

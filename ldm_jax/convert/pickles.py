@@ -3,7 +3,9 @@
 A pickle is a program for a stack machine that may import and call anything. This machine has no
 such power: it builds numbers, strings, lists and dicts, and hands each call to a function of the
 reader that knows a few harmless names. Python's own unpickler is not used: with allowed names only
-it still reserves any amount of memory at the file's word and dies of deeply nested keys.
+it still reserves any amount of memory at the file's word, dies of deeply nested keys, and takes
+hours over numbers as keys that all have the same hash. So nothing of the file is ever hashed here
+but text, whose hashes Python makes differ from process to process.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ LITERALS = frozenset(
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 STORE = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 FETCH = frozenset({"GET", "BINGET", "LONG_BINGET"})
-SCALARS = (str, bytes, int, float, bool, type(None))
+SCALARS = (bytes, int, float, type(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +110,7 @@ class _Machine:
         self.source, self.allowed, self.call, self.load = source, allowed, call, load
         self.stack: list[Any] = []
         self.marks: list[int] = []  # heights of the stack
-        self.memo: dict[int, Any] = {}
+        self.memo: dict[str, Any] = {}  # by text: see above
 
     def refuse(self, text: str) -> UserError:
         return UserError(
@@ -149,11 +151,11 @@ class _Machine:
         if opcode in LITERALS:
             push(argument)
         elif opcode in STORE:
-            self.memo[argument] = self.top()
+            self.memo[str(argument)] = self.top()
         elif opcode in FETCH:
-            if argument not in self.memo:
+            if str(argument) not in self.memo:
                 raise self.damaged("it recalls a value that it never stored")
-            push(self.memo[argument])
+            push(self.memo[str(argument)])
         elif opcode in CONSTANTS:
             push(CONSTANTS[opcode])
         else:
@@ -167,7 +169,7 @@ class _Machine:
             case "MARK":
                 self.marks.append(len(self.stack))
             case "MEMOIZE":
-                self.memo[len(self.memo)] = self.top()
+                self.memo[str(len(self.memo))] = self.top()
             case "POP":
                 if self.marks and self.marks[-1] == len(self.stack):
                     self.marks.pop()
@@ -257,9 +259,10 @@ class _Machine:
         """Drops the state of an inert object, and the version numbers of a state dict."""
         if isinstance(target, Inert):
             return
-        keys = list(state) if isinstance(state, dict) else [kind(state)]
+        keys = list(state) if isinstance(state, dict) else [Inert(kind(state))]
         if not isinstance(target, dict) or keys not in ([], ["_metadata"]):
-            what = quote(str(keys[0])) if keys else "the state"
+            first = keys[0] if keys else Inert("the state")
+            what = quote(first) if isinstance(first, str) else kind(first)
             raise self.refuse(f"sets {what} of {kind(target)}")
 
     def extend(self, target: Any, values: list[Any]) -> None:
@@ -276,19 +279,12 @@ class _Machine:
         if len(values) % 2:
             raise self.damaged("a key has no value")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not _is_plain_key(key):
+            if isinstance(key, str):
+                if key in target:
+                    raise self.refuse(f"sets the key {quote(key)} twice")
+                target[key] = value
+            elif isinstance(key, (*SCALARS, Name, Inert)):
+                # As an optimiser's state has, never the weights. The entry is kept, not its key.
+                target[Inert(kind(key))] = value
+            else:
                 raise self.refuse(f"has {kind(key)} as a key")
-            if key in target:
-                raise self.refuse(f"sets the key {quote(str(key))} twice")
-            target[key] = value
-
-
-def _is_plain_key(key: Any) -> bool:
-    """Whether hashing it takes a short time and no deep recursion, and depends on no class."""
-    if isinstance(key, tuple):
-        return len(key) <= 8 and all(
-            isinstance(part, SCALARS) and _is_plain_key(part) for part in key
-        )
-    if isinstance(key, int):
-        return abs(key) < 2**64
-    return isinstance(key, (*SCALARS, Name, Inert))

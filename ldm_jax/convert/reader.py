@@ -14,6 +14,7 @@ import pathlib
 import re
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -89,19 +90,24 @@ ALLOWED = frozenset({ORDERED_DICT, TENSOR_V2, TENSOR, PARAMETER}) | STORAGES.key
 
 @dataclass(frozen=True)
 class Member:
-    """A part of an archive: its bytes in the file."""
+    """A part of an archive: its bytes in the file, and their CRC-32.
+
+    This is 0 if unknown: `torch.serialization.set_crc32_options(False)` has PyTorch write so.
+    """
 
     offset: int
     size: int
+    crc: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """`count` elements of one type from byte `offset` of the file."""
+    """`count` elements of one type from byte `offset` of the file, with the CRC-32 `crc`."""
 
     offset: int
     count: int
     dtype: np.dtype
+    crc: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +127,12 @@ class Tensor:
         steps = zip(self.shape, self.strides, strict=True)
         return 1 + sum((size - 1) * stride for size, stride in steps)
 
-    def read(self, path: pathlib.Path) -> np.ndarray:
+    def read(self, path: pathlib.Path, name: str) -> np.ndarray:
+        """Reads the tensor `name`; its checksum is compared if it takes all of its storage."""
         dtype = self.storage.dtype
         offset = self.storage.offset + self.start * dtype.itemsize
-        flat = read_array(path, offset, self.extent, dtype)
+        crc = self.storage.crc if self.extent == self.storage.count else 0
+        flat = read_array(path, offset, self.extent, dtype, crc, quote(name))
         # NumPy checks once more that the view stays within the elements read.
         steps = zip(self.shape, self.strides, strict=True)
         strides = [
@@ -243,7 +251,7 @@ def _members(path: pathlib.Path, file: Any) -> dict[str, Member]:
         end = offset + info.file_size
         if end > archive.start_dir:
             raise UserError(f"{path} is truncated: its member {name} goes on after its end")
-        members[info.filename] = Member(offset, info.file_size)
+        members[info.filename] = Member(offset, info.file_size, info.CRC)
     return members
 
 
@@ -266,7 +274,12 @@ def _content(file: Any, members: dict[str, Member], name: str, most: int) -> byt
             f"{file.name} has {member.size} bytes in {quote(name)}: refused, more than {most}"
         )
     file.seek(member.offset)
-    return file.read(member.size)
+    content = file.read(member.size)
+    if member.crc and zlib.crc32(content) != member.crc:
+        raise UserError(
+            f"{file.name} is damaged: {quote(name)} does not have its checksum; download it again"
+        )
+    return content
 
 
 def _storage(path: pathlib.Path, members: dict[str, Member], folder: str, where: Any) -> Storage:
@@ -286,7 +299,7 @@ def _storage(path: pathlib.Path, members: dict[str, Member], folder: str, where:
             f"{path} is truncated or damaged: its storage {quote(key)} has {member.size} bytes, "
             f"not {count} elements of {dtype}"
         )
-    return Storage(member.offset, count, dtype)
+    return Storage(member.offset, count, dtype, member.crc)
 
 
 def _call(path: pathlib.Path, name: str, values: tuple) -> Any:
@@ -337,7 +350,7 @@ def _state_dict(path: pathlib.Path, value: Any) -> dict[str, LazyArray]:
             raise UserError(f"{path} names a tensor by {kind(name)}: refused")
         check_name(name, path)
         if isinstance(entry, Tensor):
-            read = functools.partial(entry.read, path)
+            read = functools.partial(entry.read, path, name)
             arrays[name] = LazyArray(entry.shape, entry.storage.dtype, read)
         elif isinstance(entry, bool | float) or (isinstance(entry, int) and abs(entry) < 2**63):
             number = np.asarray(entry)

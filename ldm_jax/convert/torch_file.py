@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.errors import UserError
+from ldm_jax.tensors import check_name
 
 STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "int64": "LongStorage"}
 FOLDER = "archive"
@@ -26,21 +27,27 @@ def save_checkpoint(path: str | os.PathLike[str], state_dict: Mapping[str, Any])
     """Writes {'state_dict': weights} to `path`, all or nothing and one weight at a time.
 
     Raises:
-        UserError: a weight of a type that is not float32, float16 or int64.
+        UserError: a name is no plain name, or a weight is not float32, float16 or int64.
     """
     path = pathlib.Path(path)
+    for name in state_dict:
+        check_name(name, path)
     temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        archive.writestr(f"{FOLDER}/data.pkl", b"".join(_pickle(state_dict)))
-        archive.writestr(f"{FOLDER}/byteorder", "little")
-        for number, weight in enumerate(state_dict.values()):
-            data = np.ascontiguousarray(np.asarray(weight))
-            with archive.open(f"{FOLDER}/data/{number}", "w", force_zip64=True) as member:
-                member.write(memoryview(data).cast("B"))
-        archive.writestr(f"{FOLDER}/version", "3\n")
-    with open(temporary, "rb") as file:  # the name must not outlive a crash without its bytes
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            archive.writestr(f"{FOLDER}/data.pkl", b"".join(_pickle(state_dict)))
+            archive.writestr(f"{FOLDER}/byteorder", "little")
+            for number, weight in enumerate(state_dict.values()):
+                data = np.ascontiguousarray(np.asarray(weight))
+                with archive.open(f"{FOLDER}/data/{number}", "w", force_zip64=True) as member:
+                    member.write(data.reshape(-1).view(np.uint8))
+                del data  # before the next one is read
+            archive.writestr(f"{FOLDER}/version", "3\n")
+        with open(temporary, "rb") as file:  # the name must not outlive a crash without its bytes
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _pickle(state_dict: Mapping[str, Any]) -> Iterator[bytes]:
