@@ -3,6 +3,12 @@
 import pytest
 
 from ldm_jax import config as config_lib
+from ldm_jax.conditioners.label import SLOTS
+from ldm_jax.diffusion.objective import ERRORS
+from ldm_jax.diffusion.parameterization import PARAMETERIZATIONS
+from ldm_jax.diffusion.schedule import BETAS
+from ldm_jax.diffusion.solvers import SAMPLERS
+from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import UserError
 
 
@@ -66,6 +72,21 @@ def test_values_that_do_not_fit_are_refused(change, message):
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=message):
         config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("sample.sampler", SAMPLERS),
+        ("sample.spacing", SPACINGS),
+        ("diffusion.schedule", BETAS),
+        ("diffusion.predict", PARAMETERIZATIONS),
+        ("diffusion.loss", ERRORS),
+        ("label.slot", SLOTS),
+    ],
+)
+def test_choices_are_what_the_parts_know(key, names):
+    assert set(config_lib._CHOICES[key]) == set(names)
 
 
 def test_argument_other_than_smoke_is_refused():

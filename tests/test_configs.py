@@ -95,3 +95,14 @@ def test_imported_needs_a_workdir():
         load(FOLDER / "imported.py")
     with pytest.raises(UserError, match="no workdir"):
         load(FOLDER / "imported.py", "/none")
+
+
+def test_imported_starts_from_the_workdir(tmp_path):
+    config = load(FOLDER / "lsun_bedrooms.py")
+    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    tuned = load(FOLDER / "imported.py", str(tmp_path))
+    assert tuned.init_from == tuned.first_stage.weights == str(tmp_path)
+    first_stage = load(FOLDER / "autoencoder_kl_f8.py")
+    (tmp_path / "config.json").write_text(config_lib.to_json(first_stage))
+    with pytest.raises(UserError, match="a first stage only"):
+        load(FOLDER / "imported.py", str(tmp_path))

@@ -1,14 +1,18 @@
 """`python -m ldm_jax.convert` as a user runs it."""
 
 import hashlib
+import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
 import yaml
+from absl.testing import flagsaver
 from commands import command
 
 import ldm_jax
+from ldm_jax.convert import __main__ as convert_command
 from ldm_jax.convert.export import export_compvis, export_safetensors
 
 from .models import MODELS, make_model, make_tokenizer
@@ -43,10 +47,13 @@ def test_import_sample_and_export(published, tmp_path):
         f"--workdir={first}",
     )
     assert "imported into" in done.stdout
-    out = tmp_path / "images"
-    options = ("--num_samples=2", "--steps=2", "--label=3")
+    out, condition = tmp_path / "images", tmp_path / "condition.npz"
+    np.savez(condition, label=np.array([3, 1]))
+    options = ("--num_samples=3", "--steps=2", f"--condition={condition}", "--spacing=trailing")
     command("sample", f"--workdir={first}", f"--out={out}", *options)
-    assert (out / "000001.png").is_file() and (out / "grid.png").is_file()
+    assert (out / "000002.png").is_file() and (out / "grid.png").is_file()
+    record = json.loads((out / "samples.json").read_text())
+    assert record["condition"] == {"label": [3, 1, 3]} and record["spacing"] == "trailing"
     command("convert", "export", f"--workdir={first}", "--format=diffusers", f"--out={second}")
     command("convert", "import", f"--checkpoint={second}", f"--workdir={third}")
     ours, theirs = digest(first, third)
@@ -71,7 +78,7 @@ def test_captions_by_flag(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "say what to do"),
+        ([], "say first what to do"),
         (["import"], "--checkpoint is missing"),
         (["import", "--checkpoint=none.ckpt"], "--workdir is missing"),
         (["import", "--checkpoint=none.ckpt", "--workdir=/tmp/none"], "no checkpoint at none.ckpt"),
@@ -80,13 +87,41 @@ def test_captions_by_flag(tmp_path):
         (["export", "--workdir=/tmp/none", "--out=/tmp/no"], "no format given"),
         (["export", "--workdir=/none", "--format=compvis", "--out=/tmp/no"], "is no workdir"),
         (["export", "--workdir=/none", "--format=onnx", "--out=/tmp/no"], "onnx"),
+        (["export", "--workdir=/none", "--checkpoint=a.ckpt"], "leave --checkpoint away"),
+        (["import", "--format=compvis"], "leave --format away"),
+        (
+            ["import", "--checkpoint={full}", "--workdir=/tmp/none", "--null_class=last"],
+            "own config",
+        ),
     ],
 )
-def test_wrong_input_gets_one_line(published, arguments, message):
+def test_wrong_input_gets_one_line(published, arguments, message, monkeypatch, capsys):
     places = {"full": published, "ckpt": published / "model.ckpt"}
-    done = command("convert", *(a.format(**places) for a in arguments), check=False)
-    assert done.returncode == 1 and message in done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["convert", *(a.format(**places) for a in arguments)])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+        convert_command.main()
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 1 and message in shown
+    assert "Traceback" not in shown and len(shown.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--condition=/none.npz"], "is no .npz file"),
+        (["--label=1", "--condition=/none.npz"], "not both"),
+        (["--prompt=a cat"], "reads no captions"),
+        (["--spacing=wide"], "unknown spacing 'wide'"),
+        (["--sampler=plms", "--eta=1"], "eta must be 0"),
+    ],
+)
+def test_conditions_and_settings_that_do_not_fit(published, tmp_path_factory, options, message):
+    workdir = tmp_path_factory.getbasetemp() / "settings"
+    if not workdir.is_dir():
+        export_safetensors(make_model(MODELS["class_context"]), workdir)
+    done = command("sample", f"--workdir={workdir}", *options, check=False)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_misfit_of_file_and_config_writes_nothing(published, tmp_path):
