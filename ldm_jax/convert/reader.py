@@ -36,6 +36,7 @@ from ldm_jax.tensors import (
 ARCHIVES = (".ckpt", ".pt", ".pth", ".bin")
 WAY_OUT = "re-save the weights as safetensors"
 MAX_EXPANDED = 2**16  # elements that a tensor may have though its storage has fewer
+MAX_NAME = 255  # characters of a file's name
 LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # magic, flags, compression, lengths of name and extra
 ENCRYPTED = 0x2041
 # zipfile's ways to say that a file is no good archive
@@ -145,6 +146,9 @@ class Tensor:
 def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
     """Returns the weights of a checkpoint by name, not read yet.
 
+    An array of a PyTorch file that takes its whole storage is compared with the storage's CRC-32
+    when it is read, if the file has one; UserError says which array is damaged.
+
     Args:
         path: a `.ckpt`, `.pt`, `.pth` or `.bin` file of PyTorch (the entry `state_dict` of a
             training checkpoint, else the whole mapping), a `.safetensors` file, or the
@@ -154,7 +158,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
         UserError: missing, damaged, of another kind, or it asks for anything but plain tensors.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # which knows no errors: a name may be too long for a file
         raise UserError(f"no checkpoint at {path}")
     if path.name.endswith(".index.json"):
         return _open_sharded(path)
@@ -187,7 +191,7 @@ def _open_sharded(path: pathlib.Path) -> dict[str, LazyArray]:
         check_name(name, path)
         if not isinstance(file, str) or "/" in check_name(file, path):
             raise UserError(f"{path} puts {quote(name)} in another folder: refused")
-        if file.endswith(".json"):
+        if file.endswith(".json") or len(file) > MAX_NAME:
             raise UserError(f"{path} names {quote(file)} as a file of weights: refused")
         if file not in files:
             files[file] = open_checkpoint(path.with_name(file))

@@ -71,6 +71,29 @@ DATA = struct.pack("<6f", *range(6))
 GOOD = pickled(mapping(text("w"), tensor()))
 
 
+def training_checkpoint() -> bytes:
+    """What training tools save, with weights of several kinds in its `state_dict`."""
+    callback = name("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    scalar = call(name("numpy.core.multiarray", "scalar"), name("numpy", "dtype"), b"N")
+    namespace = name("argparse", "Namespace") + b")\x81" + mapping(text("lr"), number(1)) + b"b"
+    metadata = mapping(text("_metadata"), mapping(text(""), mapping())) + b"b"
+    weights = ORDERED + b"(" + text("a.weight") + tensor()
+    weights += text("a.old") + tensor(function="_rebuild_tensor", rest=())
+    parameter = name("torch._utils", "_rebuild_parameter")
+    weights += text("a.param") + call(parameter, tensor(), b"\x88", ORDERED)
+    weights += text("num") + number(-3) + text("flag") + b"\x88" + text("rate") + b"G" + bytes(8)
+    weights += b"u" + metadata
+    moments = mapping(number(0), tensor(), number(1), tensor(), number(2**80), b"N", b"\x88", b"N")
+    return mapping(
+        *(text("epoch"), number(3), text("callbacks"), mapping(callback, scalar)),
+        *(text("state_dict"), weights, text("hparams"), namespace, text("set"), b"\x8f(K\x01\x90"),
+        *(text("optimizer_states"), mapping(text("state"), moments)),
+    )
+
+
+TRAINING = training_checkpoint()
+
+
 def archive(path: pathlib.Path, data: bytes = GOOD, **members: bytes) -> pathlib.Path:
     """A .ckpt with the pickle `data` and one storage of six floats.
 

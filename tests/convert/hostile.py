@@ -97,6 +97,9 @@ ZIPS = {
         lambda folder: patched(archive(folder / "m.ckpt"), b"archive/data/0", b"archive/data/1", 1),
         "two descriptions of its member 'archive/data/1'",
     ),
+    "flipped bit in the pickle": changed(
+        "'archive/data.pkl' does not have its checksum", GOOD, GOOD.replace(b"w", b"v")
+    ),
     "truncated archive": Case(lambda folder: cut(folder, -100), "damaged or truncated"),
     "truncated to a header": Case(lambda folder: cut(folder, 10), "damaged or truncated"),
     "empty file": Case(lambda folder: cut(folder, 0), "no zip archive"),
@@ -132,6 +135,17 @@ SAFETENSORS = {
     "header that is no JSON": header("invalid JSON", b"{'w'}"),
     "deep header": header("invalid JSON", b'{"w":' + b"[" * 10_000),
     "header in another encoding": header("not a readable", '{"w":1}'.encode("utf-16")),
+    "deep unknown field": header(
+        "not a readable safetensors file: .*recursion",
+        json.dumps({"w": ONE}).encode()[:-2] + b',"x":' + b"[" * 200_000 + b"]" * 200_000 + b"}}",
+        b"1234",
+    ),
+    "unknown number of many digits": header(
+        "not a readable safetensors file",
+        json.dumps({"w": ONE}).encode()[:-2] + b',"x":' + b"9" * 10_000 + b"}}",
+        b"1234",
+    ),
+    "header that is no UTF-8": header("not a readable", b'{"\xff":{}}'),
     "overlapping ranges": header("invalid offset", {"a": ONE, "b": entry(2, 6)}, b"123456"),
     "the same range twice": header("invalid offset", {"a": ONE, "b": ONE}, b"1234"),
     "gap": header("invalid offset", {"a": ONE, "b": entry(8, 12)}, b"123456789012"),
@@ -166,7 +180,8 @@ def index(message: str, places: object) -> Case:
         safetensors(folder / "good.safetensors", {"w": ONE}, b"1234")
         archive(folder / "evil.bin", pickled(beside(call(SYSTEM, text(touch(folder))))))
         path = folder / "model.safetensors.index.json"
-        path.write_text(places if isinstance(places, str) else json.dumps(places))
+        content = places if isinstance(places, str | bytes) else json.dumps(places)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
     return Case(make, message)
@@ -193,6 +208,8 @@ INDICES = {
     ),
     "index to a missing file": index("no checkpoint at", weight_map(w="x.safetensors")),
     "index to a hostile file": index("asks for os.system", weight_map(w="evil.bin")),
+    "index to a file of a long name": index("'xxx.*' as a file of w", weight_map(w="x" * 3000)),
+    "index to a file of a wide name": index("no checkpoint at", weight_map(w="\u1234" * 200)),
     "index to a missing name": index("'v' is missing from", weight_map(v="good.safetensors")),
     "index without a name": Case(extra_name, "good.safetensors has 'extra', which"),
     "index with a name upwards": index(
@@ -200,6 +217,9 @@ INDICES = {
     ),
     "index that is no JSON": index("is no JSON file", "{"),
     "deep index": index("is no JSON file", "[" * 100_000),
+    "deep index with an end": index("is no JSON file", "[" * 200_000 + "]" * 200_000),
+    "index of many digits": index("is no JSON file", '{"weight_map": ' + "9" * 10_000 + "}"),
+    "index that is no UTF-8": index("is no JSON file", b'{"weight_map": "\xff"}'),
     "index of nothing": index("has no 'weight_map'", "[]"),
     "index with a name twice": index(
         "two entries named 'w'", '{"weight_map": {"w": "good.safetensors", "w": "evil.bin"}}'

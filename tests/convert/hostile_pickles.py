@@ -196,12 +196,26 @@ CALLS = {
     ),
 }
 
+PRIME = 2**61 - 1  # Python's hash of its multiples is 0, and the same for each tuple of one
 DEEP = b"(" * 50_000 + b"t" * 50_000
 DAMAGE = {
     "deep tuple": weights("'w' in .* is a tuple", DEEP),
     "deep list": weights("'w' in .* is a list", b"]" * 50_000 + b"a" * 49_999),
     "deep key": weights("has a tuple as a key", mapping(DEEP, b"N")),
     "list as a key": weights("has a list as a key", mapping(b"]", b"N")),
+    "short tuple as a key": weights("has a tuple as a key", mapping(group(number(1)), b"N")),
+    "tuples of one hash": weights(
+        "has a tuple as a key",
+        mapping(*(part for n in range(8000) for part in (group(number(n * PRIME)), b"N"))),
+    ),
+    "numbers of one hash": weights(
+        "'w' in .* is a dict, not a tensor",
+        mapping(*(part for n in range(8000) for part in (number(n * PRIME), b"N"))),
+    ),
+    "tensors named by numbers": holds(
+        "names a tensor by an int",
+        mapping(*(part for n in range(2000) for part in (number(n * PRIME), tensor()))),
+    ),
     "tensor as a key": weights("has a tensor as a key", mapping(tensor(), b"N")),
     "key twice": weights("sets the key 'a' twice", mapping(text("a"), b"N", text("a"), b"N")),
     "huge bytes": weights("is damaged: expected", b"\x8e" + struct.pack("<Q", 2**40)),

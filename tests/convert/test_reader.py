@@ -1,17 +1,20 @@
 """Foreign checkpoints: read exactly, one array at a time; hostile ones are refused by name."""
 
 import pickle
+import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from convert import archives, hostile
-from convert.archives import mapping, name, number, pickled, storage, tensor, text
+from convert import archives, hostile, hostile_mutations
+from convert.archives import mapping, number, pickled, storage, tensor, text
 from ldm_jax import tensors
 from ldm_jax.convert import pickles, reader
 from ldm_jax.convert.reader import open_checkpoint
+from ldm_jax.convert.torch_file import save_checkpoint
 from ldm_jax.errors import UserError
 from ldm_jax.tensors import open_tensors, save_tensors
 
@@ -36,6 +39,89 @@ def test_the_hostile_code_is_live(title, tmp_path):
     except TypeError:
         pass  # what the code gave is no good, after it ran
     assert (tmp_path / "marker").exists()
+
+
+def colliding(count: int) -> list[bytes]:
+    """Numbers that all have the hash 0."""
+    return [number(n * (2**61 - 1)) for n in range(count)]
+
+
+def test_numbers_of_one_hash_take_no_time(tmp_path):
+    """As keys of dicts or of the memo they would take minutes: no number is ever hashed."""
+    numbers = colliding(40_000)
+    keys = mapping(*(part for n in numbers for part in (n, b"N")))
+    memo = b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(40_000))
+    path = archive(tmp_path, hostile.beside(keys + memo))
+    start = time.process_time()
+    assert list(open_checkpoint(path)) == ["w"]
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@pytest.mark.parametrize("count", [600, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_damaged_files_are_refused_in_one_line_or_read(count, tmp_path):
+    """The numbers: `pytest -n 0 -m slow -rP -k damaged_files tests/convert/test_reader.py`."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times, refused = [], 0
+    for seed in range(count):
+        path = hostile_mutations.mutant(tmp_path, seed)
+        start = time.process_time()
+        try:
+            for array in open_checkpoint(path).values():
+                np.asarray(array)
+        except UserError as error:
+            refused += 1
+            assert str(error).isprintable(), f"seed {seed}"
+        except BaseException as error:
+            error.add_note(f"seed {seed}")
+            raise
+        times.append(time.process_time() - start)
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    print(f"{count} files, {refused} refused, slowest {max(times):.3f} s, {memory / 1e6:.1f} MB")
+    assert 0.5 * count < refused < 0.99 * count
+    assert max(times) < 5 and memory < 200e6
+
+
+def test_a_flipped_bit_is_refused_by_name(tmp_path):
+    """A storage that is read whole is compared with its checksum, if the file has one."""
+    body = mapping(text("whole"), tensor((3, 2), (1, 3)), text("part"), tensor((2,), (1,)))
+    path = archives.patched(archive(tmp_path, body), archives.DATA, b"\1" + archives.DATA[1:])
+    arrays = open_checkpoint(path)
+    with pytest.raises(UserError, match="is damaged: 'whole' does not have its checksum"):
+        np.asarray(arrays["whole"])
+    assert np.asarray(arrays["part"]).shape == (2,)
+    # PyTorch writes 0 if it is told to compute no checksum.
+    hostile.central(path, b"archive/data/0", 16, bytes(4))
+    assert np.asarray(open_checkpoint(path)["whole"]).shape == (3, 2)
+
+
+def test_our_files_have_checksums_and_plain_names(tmp_path):
+    path = tmp_path / "m.ckpt"
+    weights = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "empty": np.zeros((0, 2), "f4")}
+    weights["scalar"] = np.asarray(3)
+    save_checkpoint(path, weights)
+    for key, array in open_checkpoint(path).items():
+        np.testing.assert_array_equal(np.asarray(array), weights[key], strict=True)
+    archives.patched(path, weights["a"].tobytes(), bytes(24))
+    with pytest.raises(UserError, match="'a' does not have its checksum"):
+        np.asarray(open_checkpoint(path)["a"])
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.ckpt"
+    path.write_bytes(b"old")
+
+    def fail():
+        raise OSError("gone")
+
+    lazy = tensors.LazyArray((1,), np.dtype(np.float32), fail)
+    with pytest.raises(OSError, match="gone"):
+        save_checkpoint(path, {"a": lazy})
+    with pytest.raises(UserError, match="a is float64, but only"):
+        save_checkpoint(path, {"a": np.zeros(1)})
+    with pytest.raises(UserError, match=r"the name '\.\./a'"):
+        save_checkpoint(path, {"../a": np.zeros(1, np.float32)})
+    assert [p.name for p in tmp_path.iterdir()] == ["m.ckpt"] and path.read_bytes() == b"old"
 
 
 def test_limits(tmp_path, monkeypatch):
@@ -95,21 +181,7 @@ def test_types(tmp_path, kind):
 
 
 def test_training_checkpoint(tmp_path):
-    callback = name("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
-    scalar = archives.call(name("numpy.core.multiarray", "scalar"), name("numpy", "dtype"), b"N")
-    namespace = name("argparse", "Namespace") + b")\x81" + mapping(text("lr"), number(1)) + b"b"
-    metadata = mapping(text("_metadata"), mapping(text(""), mapping())) + b"b"
-    weights = archives.ORDERED + b"(" + text("a.weight") + tensor()
-    weights += text("a.old") + tensor(function="_rebuild_tensor", rest=())
-    parameter = name("torch._utils", "_rebuild_parameter")
-    weights += text("a.param") + archives.call(parameter, tensor(), b"\x88", archives.ORDERED)
-    weights += text("num") + number(-3) + text("flag") + b"\x88" + text("rate") + b"G" + bytes(8)
-    weights += b"u" + metadata
-    body = mapping(
-        *(text("epoch"), number(3), text("callbacks"), mapping(callback, scalar)),
-        *(text("state_dict"), weights, text("hparams"), namespace, text("set"), b"\x8f(K\x01\x90"),
-    )
-    sd = open_checkpoint(archive(tmp_path, body, 4, byteorder=b"little"))
+    sd = open_checkpoint(archive(tmp_path, archives.TRAINING, 4, byteorder=b"little"))
     assert list(sd) == ["a.weight", "a.old", "a.param", "num", "flag", "rate"]
     for key in ("a.weight", "a.old", "a.param"):
         np.testing.assert_array_equal(np.asarray(sd[key]), np.arange(6.0).reshape(2, 3))
