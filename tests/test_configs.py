@@ -18,9 +18,9 @@ from ldm_jax.training.steps import diffusion_functions
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "imported")
-# One of each family runs by default: VQ and unconditional, cross-attention; a class-conditional KL
-# model runs in test_end_to_end.
-DEFAULT = {"lsun_bedrooms", "imagenet_ldm8"}
+# One runs by default; class-conditional KL models run in test_end_to_end.py, models with
+# cross-attention in test_fine_tuning.py.
+DEFAULT = {"lsun_bedrooms"}
 
 
 def load(path: pathlib.Path, arg: str = ""):

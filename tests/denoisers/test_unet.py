@@ -29,8 +29,10 @@ FIXTURES = [
     "unet_small_weights_crossattn",
     "unet_crossattn_heads8",
 ]
-# Variants that no config here uses are checked by `pytest -m slow`: each takes long to compile.
+# Each takes long to compile, so `pytest -m slow` checks variants that no config uses, and those
+# whose blocks others have, too.
 SLOW = {"unet_num_heads_legacy", "unet_noconv_resample", "unet_concat", "unet_class_label"}
+SLOW |= {"unet_uncond", "unet_crossattn_heads8"}
 # Their names of fields that are simply copied.
 FIELDS = {
     "model_channels": "width",

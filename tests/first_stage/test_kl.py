@@ -13,7 +13,8 @@ from ldm_jax.convert import compvis
 from ldm_jax.first_stage import kl
 from ldm_jax.first_stage.statistics import LatentStatistics, first_batch_scale
 
-FIXTURES = ["ae_kl_stored", "ae_kl_small_weights", "ae_kl_f8_attn", "ae_kl_f8", "ae_kl_f4"]
+FIXTURES = ["ae_kl_stored", "ae_kl_small_weights", "ae_kl_f8_attn", "ae_kl_f8"]
+FIXTURES.append(pytest.param("ae_kl_f4", marks=pytest.mark.slow))  # the blocks of f8, deeper
 
 
 def from_config(config: dict) -> kl.AutoencoderKL:
