@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -158,13 +159,16 @@ def check(config: ConfigDict) -> ConfigDict:
         raise UserError(f"config.{key} is missing: start from ldm_jax.config.get_config()")
     _check_tuples(flat)
     _check_choices(flat)
-    for key in flat:
+    for key, value in flat.items():
         name = key.split(".")[-1]
         low = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO | _SHARES else None
-        if low is not None and flat[key] < low:
-            raise UserError(f"config.{key} is {flat[key]}, but must be at least {low}")
-        if name in _SHARES and flat[key] > 1:
-            raise UserError(f"config.{key} is {flat[key]}, but must be at most 1")
+        if low is not None and value < low:
+            raise UserError(f"config.{key} is {value}, but must be at least {low}")
+        most = _AT_MOST.get(key, _AT_MOST.get(name))
+        if most is not None and value > most:
+            raise UserError(f"config.{key} is {value}, but must be at most {most}")
+        if any(type(x) is float and not math.isfinite(x) for x in _listed(value)):
+            raise UserError(f"config.{key} is {value}, but must be finite")
     for key, groups in (
         ("first_stage.width", flat["first_stage.norm_groups"]),
         ("denoiser.width", 32),
@@ -177,7 +181,7 @@ def check(config: ConfigDict) -> ConfigDict:
 
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
-_AT_LEAST_ONE |= {"patch", "norm_groups"}
+_AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim"}
 _AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
 _AT_LEAST_ZERO = {
     "steps",
@@ -193,6 +197,15 @@ _AT_LEAST_ZERO = {
     "lr",
 }
 _SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta", "lr_start", "lr_end"}
+# Far above what any model has; anything larger is a mistake that would take all time or memory.
+MOST_LEVELS = 10
+MOST_BLOCKS = 500
+_AT_MOST = dict.fromkeys(_SHARES, 1) | {"stages": MOST_LEVELS, "patch": 64}
+_AT_MOST |= dict.fromkeys(("depth", "transformer_depth"), 100) | {"mlp_width": 2**18}
+_AT_MOST |= dict.fromkeys(("width", "channels", "z_channels", "norm_groups"), 2**16)
+_AT_MOST |= dict.fromkeys(("heads", "num_heads", "head_dim", "length", "resolution"), 2**16)
+_AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), 2**24)
+_AT_MOST |= {"diffusion.steps": 10**6}
 _PAIRS = {"betas", "beta"}
 _SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
 _CHOICES = {
@@ -216,18 +229,26 @@ _CHOICES = {
 }
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _check_tuples(flat: dict[str, Any]) -> None:
     for key, value in flat.items():
         if not isinstance(value, list):
             continue
+        if len(value) > MOST_LEVELS:
+            raise UserError(
+                f"config.{key} has {len(value)} values, but at most {MOST_LEVELS} can be"
+            )
         name = key.split(".")[-1]
         kind = float if name in _PAIRS else str if name in ("fields", "conditioners") else int
         if any(type(x) is not kind and not (kind is float and type(x) is int) for x in value):
             raise UserError(f"config.{key} is {tuple(value)}, but must hold {kind.__name__}s")
         if name in _PAIRS and len(value) != 2:
             raise UserError(f"config.{key} is {tuple(value)}, but must be two numbers")
-        if name == "mult" and (not value or min(value) < 1):
-            raise UserError(f"config.{key} is {tuple(value)}, but needs a number >= 1 per level")
+        if name == "mult" and (not value or min(value) < 1 or max(value) > 64):
+            raise UserError(f"config.{key} is {tuple(value)}, but needs 1 to 64 per level")
     read = {field for name in flat["conditioners"] for field in FIELDS.get(name, ())}
     for field in flat["data.fields"]:
         if field not in read:
@@ -257,6 +278,17 @@ def _check_choices(flat: dict[str, Any]) -> None:
 
 def _check_sizes(c: ConfigDict) -> None:
     """Checks the values that only make sense together."""
+    for name in ("first_stage", "denoiser"):
+        blocks = len(c[name].mult) * c[name].depth * c[name].get("transformer_depth", 1)
+        if blocks > MOST_BLOCKS:
+            raise UserError(
+                f"config.{name} has {blocks} blocks (levels * depth * transformer_depth), but at "
+                f"most {MOST_BLOCKS} can be"
+            )
+    if not 0 < c.diffusion.beta[0] <= c.diffusion.beta[1] < 1:
+        raise UserError(
+            f"config.diffusion.beta is {c.diffusion.beta}, but must be 0 < first <= last < 1"
+        )
     size, f = c.data.resolution, downsampling(c)
     unet = 2 ** (len(c.denoiser.mult) - 1)
     if size % (f * unet):

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(ldm_jax.__file__).parent
 ORDER = (
     ("types", "errors"),
     ("defaults",),
-    ("random", "images", "config", "tensors"),
+    ("random", "images", "config", "tensors", "download"),
     ("nn", "data", "diffusion"),
     ("first_stage", "denoisers", "conditioners", "metrics"),
     ("fields",),
@@ -21,6 +21,7 @@ ORDER = (
     ("pipeline", "cli"),
     ("workdir",),
     ("convert",),
+    ("weights",),
     ("run", "sample", "__init__"),
     ("train",),
 )

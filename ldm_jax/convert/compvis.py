@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from ldm_jax.convert.tables import Layer, Row, StateDict, from_flax, make_table, to_flax, within
+from ldm_jax.convert.tables import (
+    Layer,
+    Path,
+    Row,
+    StateDict,
+    from_flax,
+    make_table,
+    to_flax,
+    within,
+)
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.types import Condition
 
@@ -160,7 +169,7 @@ def unet_to_flax(state_dict: StateDict, module: UNet) -> dict:
     Raises:
         UserError: names are missing, unexpected or of the wrong shape; lists them.
     """
-    abstract = flatten_dict(_abstract_unet(state_dict, module))
+    abstract = abstract_unet(module, *_inputs(state_dict, module))
     return to_flax(state_dict, make_table(unet_layers(module), abstract), abstract)
 
 
@@ -175,9 +184,7 @@ def first_stage_to_flax(state_dict: StateDict, module: nn.Module) -> dict:
     Raises:
         UserError: names are missing, unexpected or of the wrong shape; lists them.
     """
-    size = module.patch * 2 ** (len(module.mult) - 1)
-    images, keys = jnp.zeros((1, size, size, 3)), jax.random.split(jax.random.key(0), 1)
-    abstract = flatten_dict(jax.eval_shape(module.init, keys[0], images, keys)["params"])
+    abstract = abstract_first_stage(module)
     return to_flax(state_dict, make_table(first_stage_layers(module), abstract), abstract)
 
 
@@ -186,15 +193,36 @@ def first_stage_from_flax(params: Mapping[str, Any], module: nn.Module) -> dict[
     return from_flax(params, make_table(first_stage_layers(module), flatten_dict(params)))
 
 
-def _abstract_unet(state_dict: StateDict, module: UNet) -> dict:
-    """Shapes of the params of `module` for the inputs that the weights were made for."""
+def abstract_array(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Stands for a float32 array where only its shape is of interest."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def abstract_first_stage(module: nn.Module) -> dict[Path, Any]:
+    """Paths and shapes of the params of an autoencoder."""
+    size = module.patch * 2 ** (len(module.mult) - 1)
+    images, keys = abstract_array((1, size, size, 3)), jax.random.split(jax.random.key(0), 1)
+    return flatten_dict(jax.eval_shape(module.init, keys[0], images, keys)["params"])
+
+
+def abstract_unet(module: UNet, in_channels: int, context_width: int) -> dict[Path, Any]:
+    """Paths and shapes of the params of a UNet.
+
+    Args:
+        module: of which they are.
+        in_channels: of `x_t` and of the maps that are joined to it.
+        context_width: channels of a token of the context; unused without `cross_attention`.
+    """
     size = 2 ** (len(module.mult) - 1)
+    x_t, t = abstract_array((1, size, size, in_channels)), abstract_array((1,))
+    context = abstract_array((1, 1, context_width)) if module.cross_attention else None
+    init = jax.eval_shape(module.init, jax.random.key(0), x_t, t, Condition(context=context))
+    return flatten_dict(init["params"])
+
+
+def _inputs(state_dict: StateDict, module: UNet) -> tuple[int, int]:
+    """Input channels and width of the context that the weights of a UNet were made for."""
     conv_in = np.shape(state_dict.get("input_blocks.0.0.weight", ()))
+    contexts = [np.shape(w) for n, w in state_dict.items() if re.search(r"attn2\.to_k", n)]
     channels = conv_in[1] if len(conv_in) == 4 else module.out_channels
-    cond = Condition()
-    if module.cross_attention:
-        projections = [np.shape(w) for n, w in state_dict.items() if re.search(r"attn2\.to_k", n)]
-        context_dim = projections[0][-1] if projections and projections[0] else 1
-        cond = Condition(context=jnp.zeros((1, 1, context_dim)))
-    x_t, t = jnp.zeros((1, size, size, channels)), jnp.zeros((1,))
-    return jax.eval_shape(module.init, jax.random.key(0), x_t, t, cond)["params"]
+    return channels, contexts[0][-1] if contexts and contexts[0] else 1

@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders
 from ldm_jax.convert import compvis
-from ldm_jax.convert.compvis_config import Yaml, to_config, to_yaml
-from ldm_jax.convert.model import Model, add_facts, facts_of, latent_variables
-from ldm_jax.convert.tables import StateDict, to_flax
+from ldm_jax.convert.compvis_config import Yaml, model_block, option, params_of, to_config
+from ldm_jax.convert.compvis_yaml import to_yaml
+from ldm_jax.convert.model import Model, add_facts, facts_of, latent_variables, scalar_latents
+from ldm_jax.convert.tables import StateDict, listed, to_flax
 from ldm_jax.convert.text import text_from_flax, text_to_flax
 from ldm_jax.errors import UserError
 
@@ -63,24 +64,25 @@ def read_weights(state_dict: StateDict, config: ConfigDict, scale: float = 1.0) 
     Raises:
         UserError: weights that do not fit the config; lists them.
     """
-    rest = {name: weight for name, weight in state_dict.items() if name not in BUFFERS}
     if config.train.steps == 0:
-        first = _averaged(_without_losses(rest), "")
-        return {"first_stage": _first_stage(config, first, scale)}
+        return {"first_stage": _first_stage(config, _autoencoder(state_dict), scale)}
+    rest = {name: weight for name, weight in state_dict.items() if name not in BUFFERS}
     unet = _averaged({n: rest.pop(n) for n in list(rest) if n.startswith((UNET, EMA))}, "model.")
     unet = {name.removeprefix("diffusion_model."): weight for name, weight in unet.items()}
-    first = _without_losses(_pop(rest, FIRST_STAGE))
+    first = _autoencoder(_pop(rest, FIRST_STAGE))
     cond = _pop(rest, COND_STAGE)
     if rest:
-        raise UserError(f"the checkpoint has weights of unknown use: {_listed(sorted(rest))}")
+        raise UserError(f"the checkpoint has weights of unknown use: {listed(sorted(rest), 20)}")
     label = None
     if config.label.slot == "vector" and "label" in config.conditioners:
         unet, label = compvis.split_label_embedding(unet)
-    with_part = {"denoiser": lambda: compvis.unet_to_flax(unet, builders.build_denoiser(config))}
-    with_part["first_stage"] = lambda: _first_stage(config, first, scale)
-    with_part["conditioner"] = lambda: _conditioner(config, cond, label, first)
+    parts = {
+        "first_stage": lambda: _first_stage(config, first, scale),
+        "denoiser": lambda: compvis.unet_to_flax(unet, builders.build_denoiser(config)),
+        "conditioner": lambda: _conditioner(config, cond, label, first),
+    }
     weights = {}
-    for part, read in with_part.items():
+    for part, read in parts.items():
         try:
             weights[part] = read()
         except UserError as error:
@@ -93,8 +95,10 @@ def _pop(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): state_dict.pop(name) for name in names}
 
 
-def _without_losses(state_dict: StateDict) -> dict[str, Any]:
-    return {name: w for name, w in state_dict.items() if not name.startswith(LOSSES)}
+def _autoencoder(state_dict: StateDict) -> dict[str, Any]:
+    """The weights of a first stage: without its training losses, averaged where there are such."""
+    kept = {n: w for n, w in state_dict.items() if n not in BUFFERS and not n.startswith(LOSSES)}
+    return _averaged(kept, "")
 
 
 def _averaged(state_dict: Mapping[str, Any], root: str) -> dict[str, Any]:
@@ -114,30 +118,28 @@ def _averaged(state_dict: Mapping[str, Any], root: str) -> dict[str, Any]:
     if unknown or missing:
         raise UserError(
             "the averaged weights (model_ema) do not match the raw ones: "
-            f"{_listed(unknown + [f'none for {name}' for name in missing])}"
+            f"{listed(unknown + [f'none for {name}' for name in missing], 20)}"
         )
     return {full: averages[name] for name, full in short.items()}
 
 
-def _listed(names: list[str], limit: int = 20) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 def _scale_factor(state_dict: StateDict, yaml: Yaml) -> float:
     if "scale_factor" in state_dict:  # measured on the first batch (scale_by_std)
-        return float(np.asarray(state_dict["scale_factor"]))
-    block = yaml.get("model", yaml)
-    if block["params"].get("scale_by_std"):
+        weight = np.asarray(state_dict["scale_factor"])
+        if weight.size != 1:
+            raise UserError(f"scale_factor has the shape {weight.shape}, but must be one number")
+        return float(weight.reshape(()))
+    params = params_of(model_block(yaml), "params")
+    if params.get("scale_by_std"):
         raise UserError("the YAML says scale_by_std, but the checkpoint has no scale_factor")
-    return float(block["params"].get("scale_factor", 1.0))
+    return option(params, "params", "scale_factor", 1.0)
 
 
 def _first_stage(config: ConfigDict, state_dict: StateDict, scale: float) -> dict[str, Any]:
     latents = {"latents": latent_variables(config, scale)}
     if config.first_stage.kind == "identity":
         if state_dict:
-            raise UserError(f"unexpected weights {_listed(sorted(state_dict))}")
+            raise UserError(f"unexpected weights {listed(sorted(state_dict), 20)}")
         return latents
     module = builders.build_first_stage(config)
     return {"params": compvis.first_stage_to_flax(state_dict, module)} | latents
@@ -147,13 +149,11 @@ def _conditioner(
     config: ConfigDict, state_dict: StateDict, label: Any, first_stage: StateDict
 ) -> dict[str, Any]:
     """The params of the joint conditioner, of which the original has one part at most."""
-    if not config.conditioners:
-        params = {}
-    elif config.conditioners == ("inpainting",):
+    params = {}
+    if config.conditioners == ("inpainting",):
         # The original registers its first stage a second time as the conditioner.
-        return _refuse_rest(_pop_known(state_dict, first_stage))
-    elif config.conditioners == ("low_res",):
-        params = {}
+        copy = _autoencoder(state_dict)
+        state_dict = {name: w for name, w in copy.items() if name not in first_stage}
     elif config.conditioners == ("label",):
         if label is None:
             label = state_dict.get("embedding.weight")
@@ -167,23 +167,13 @@ def _conditioner(
         table = [compvis.LABEL_ROW]
         abstract = {compvis.LABEL_ROW.ours: np.broadcast_to(np.float32(0), shape)}
         params = {"parts_0": to_flax({compvis.LABEL_ROW.theirs[0]: label}, table, abstract)}
-    else:
+    elif config.conditioners not in ((), ("low_res",)):
         part = builders.build_conditioner(config).parts[0]
         return {"parts_0": text_to_flax(state_dict, part, "compvis")}
-    _refuse_rest(state_dict)
-    return params
-
-
-def _pop_known(state_dict: StateDict, known: StateDict) -> dict[str, Any]:
-    """What of a second copy of the first stage is no copy; its losses do not count."""
-    return {n: w for n, w in _without_losses(state_dict).items() if n not in known}
-
-
-def _refuse_rest(state_dict: StateDict) -> dict[str, Any]:
     if state_dict:
         names = [COND_STAGE + name for name in sorted(state_dict)]
-        raise UserError(f"unexpected weights {_listed(names)}")
-    return {}
+        raise UserError(f"unexpected weights {listed(names, 20)}")
+    return params
 
 
 def write_model(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -195,7 +185,9 @@ def write_model(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
         UserError: the original code cannot build this model.
     """
     config, weights = model.config, model.weights
-    scale = _one_scale(weights["first_stage"]["latents"])
+    shift, scale = scalar_latents(weights["first_stage"]["latents"], "the original code")
+    if shift:
+        raise UserError(f"the original code knows no shift of the latents, but it is {shift}")
     yaml = to_yaml(config, scale)
     yaml[OWN] = facts_of(model, to_config(yaml))
     first = {}
@@ -211,17 +203,6 @@ def write_model(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     state_dict = {UNET + name: weight for name, weight in unet.items()}
     state_dict |= {FIRST_STAGE + name: weight for name, weight in first.items()}
     return state_dict | {COND_STAGE + name: weight for name, weight in cond.items()}, yaml
-
-
-def _one_scale(latents: Mapping[str, Any]) -> float:
-    scale, shift = np.asarray(latents["scale"]), np.asarray(latents["shift"])
-    if np.any(shift != 0) or np.any(scale != scale[0]):
-        raise UserError(
-            "the original code knows one factor for all latent channels, but this model scales "
-            "each of them (first_stage.latent_scale='channel'): export to safetensors, or train "
-            "with 'scalar'"
-        )
-    return float(scale[0])
 
 
 def _conditioner_names(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:

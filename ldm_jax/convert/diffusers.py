@@ -41,9 +41,17 @@ from ldm_jax.convert.diffusers_parts import (
     write_scheduler,
     write_text,
 )
-from ldm_jax.convert.model import Model, add_facts, facts_of, latent_variables
+from ldm_jax.convert.model import (
+    Model,
+    add_facts,
+    concat_channels,
+    facts_of,
+    latent_variables,
+    scalar_latents,
+    sense,
+)
 from ldm_jax.convert.reader import open_checkpoint
-from ldm_jax.convert.tables import Row, to_flax
+from ldm_jax.convert.tables import Row, short, to_flax
 from ldm_jax.convert.text import text_from_flax, text_to_flax
 from ldm_jax.errors import UserError
 
@@ -75,16 +83,15 @@ def read_folder(path: str | os.PathLike[str]) -> Model:
     if not root.is_dir():
         raise UserError(f"no folder at {root}")
     own = _read_json(root / OWN) if (root / OWN).is_file() else {}
-    folders, index = _find(root)
+    with sense(f"a configuration in {root}"):
+        folders, index = _find(root)
     parts = {
         part: _read_json(folder / _config_name(part))
         for part, folder in folders.items()
         if part != "tokenizer"
     }
-    try:
+    with sense(f"a configuration in {root}"):
         derived = derive(parts, index.get("_class_name", ""))
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
-        raise UserError(f"{root} has a configuration that makes no sense: {error!r}") from error
     config, label_names, step = add_facts(derived, own)
     weights = _read_weights(root, folders, parts, config)
     return Model(config, weights, folders.get("tokenizer"), label_names, step)
@@ -130,7 +137,7 @@ def _find(root: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, Any]]:
             raise UserError(f"{root} is a part of a pipeline: import all of {root.parent}")
         if name not in UNETS and name not in FIRST_STAGES:
             known = ", ".join((*UNETS, *FIRST_STAGES))
-            raise UserError(f"{root} has a network of class {name!r}: choose from {known}")
+            raise UserError(f"{root} has a network of class {short(name)}: choose from {known}")
         return {"unet" if name in UNETS else "first_stage": root}, {}
     index = {}
     if (root / "model_index.json").is_file():
@@ -139,7 +146,9 @@ def _find(root: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str, Any]]:
     for name, value in index.items():
         present = isinstance(value, list) and any(value)
         if present and not name.startswith("_") and name not in known and name not in LEFTOVERS:
-            raise UserError(f"the pipeline in {root} has a part '{name}' {value}: not supported")
+            raise UserError(
+                f"the pipeline in {root} has a part {short(name)} {short(value)}: not supported"
+            )
         if present and name in known and not (root / name).is_dir():
             raise UserError(f"the pipeline in {root} has a part '{name}', but no such folder")
     found = {
@@ -172,13 +181,11 @@ def _read_weights(
     if "unet" not in parts:
         return weights
     facts = read_unet(parts["unet"])
-    extra = {"low_res": 3, "segmentation": config.segmentation.channels}
-    extra["inpainting"] = config_lib.latent_channels(config) + 1
-    extra = sum(extra.get(name, 0) for name in config.conditioners)
-    if facts.in_channels != facts.out_channels + extra:
+    in_channels = facts.out_channels + concat_channels(config)
+    if facts.in_channels != in_channels:
         raise UserError(
             f"the UNet has in_channels={facts.in_channels}, but its conditions and the noise "
-            f"have {facts.out_channels + extra}: the pipeline is none that can be imported"
+            f"have {in_channels}: the pipeline is none that can be imported"
         )
     state_dict = _open(folders["unet"], WEIGHTS)
     classes = {names.CLASS_EMBEDDING: state_dict.pop(names.CLASS_EMBEDDING, None)}
@@ -224,7 +231,7 @@ def _written(model: Model) -> tuple[Parts, dict[str, dict[str, Any]], dict[str, 
     """Configurations and weights of the parts of a model, and the weights that stay ours."""
     config, weights = model.config, model.weights
     parts, files, own = {}, {}, {}
-    shift, scale = _latents(weights["first_stage"]["latents"])
+    shift, scale = scalar_latents(weights["first_stage"]["latents"], "diffusers")
     if config.first_stage.kind != "identity":
         parts["first_stage"] = write_first_stage(config, shift, scale)
         files["first_stage"] = names.first_stage_from_flax(
@@ -254,17 +261,6 @@ def _written(model: Model) -> tuple[Parts, dict[str, dict[str, Any]], dict[str, 
     parts["unet"] = write_unet(config, in_channels, contexts[0] if contexts else 0, classes)
     parts["scheduler"] = write_scheduler(config)
     return parts, files, own
-
-
-def _latents(latents: dict[str, Any]) -> tuple[float, float]:
-    """Shift and scale of the latents as numbers."""
-    shift, scale = (np.unique(np.asarray(latents[name])) for name in ("shift", "scale"))
-    if len(shift) > 1 or len(scale) > 1:
-        raise UserError(
-            "diffusers scales all channels of the latents alike, but this first stage scales each "
-            "on its own (first_stage.latent_scale 'channel'): export to another format"
-        )
-    return float(shift[0]), float(scale[0])
 
 
 def _homes(config: ConfigDict) -> dict[str, str]:
@@ -318,10 +314,14 @@ def _is_theirs(module: Any) -> bool:
 def _abstract_params(config: ConfigDict) -> dict[str, Any]:
     """Shapes of the conditioners' params."""
     size, channels = config_lib.latent_size(config), config_lib.latent_channels(config)
-    latents = jnp.zeros((1, size, size, channels))
-    batch = fields.add_latents(fields.examples(config, 1), lambda images: latents)
     module = builders.build_conditioner(config)
-    return jax.eval_shape(module.init, jax.random.key(0), batch).get("params", {})
+
+    def init(key: jax.Array) -> dict[str, Any]:  # within which arrays take no memory
+        latents = jnp.zeros((1, size, size, channels))
+        batch = fields.add_latents(fields.examples(config, 1), lambda images: latents)
+        return module.init(key, batch)
+
+    return jax.eval_shape(init, jax.random.key(0)).get("params", {})
 
 
 def _config_name(part: str) -> str:

@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 from ldm_jax import config as config_lib
 from ldm_jax.convert.diffusers_keys import (
     FIRST_STAGES,
-    LEVELS,
-    MOST,
     UNET_IGNORED,
     UNETS,
     Given,
@@ -19,6 +17,7 @@ from ldm_jax.convert.diffusers_keys import (
     refuse,
     settle,
 )
+from ldm_jax.convert.tables import listed
 from ldm_jax.errors import UserError
 
 
@@ -75,7 +74,7 @@ def read_unet(given: Given) -> UnetFacts:
     block = dict(
         width=width,
         mult=mult,
-        depth=number(name, c, "layers_per_block", most=MOST),
+        depth=number(name, c, "layers_per_block"),
         attn_downsample=tuple(2**level for level in attn),
         cross_attention=kind == "CrossAttn",
         scale_shift=choose(name, c, "resnet_time_scale_shift", norms),
@@ -88,7 +87,7 @@ def read_unet(given: Given) -> UnetFacts:
     if kind == "CrossAttn":
         used_levels = sorted({*attn, len(mult) - 1})
         block |= _cross_heads(name, c, width, {level: mult[level] for level in used_levels})
-        depth = number(name, c, "transformer_layers_per_block", used_levels, most=MOST)
+        depth = number(name, c, "transformer_layers_per_block", used_levels)
         block["transformer_depth"] = depth
         context_width = number(name, c, "cross_attention_dim", used_levels)
     else:
@@ -196,7 +195,7 @@ def read_first_stage(given: Given) -> FirstStageFacts:
         kind="kl" if name == "AutoencoderKL" else "vq",
         width=width,
         mult=mult,
-        depth=number(name, c, "layers_per_block", most=MOST),
+        depth=number(name, c, "layers_per_block"),
         attn_downsample=tuple(2**level for level, attn in enumerate(down) if attn),
         mid_attn=bool(c["mid_block_add_attention"]),
         norm_groups=number(name, c, "norm_num_groups"),
@@ -259,10 +258,10 @@ def _widths(name: str, c: Given) -> tuple[int, tuple[int, ...]]:
     channels = c["block_out_channels"]
     if (
         not channels
-        or len(channels) > LEVELS
+        or len(channels) > config_lib.MOST_LEVELS
         or not all(type(x) is int and x > 0 for x in channels)
     ):
-        refuse(name, "block_out_channels", channels, f"1 to {LEVELS} whole numbers")
+        refuse(name, "block_out_channels", channels, f"1 to {config_lib.MOST_LEVELS} whole numbers")
     if any(count % channels[0] for count in channels):
         refuse(name, "block_out_channels", channels, "multiples of the first")
     return channels[0], tuple(count // channels[0] for count in channels)
@@ -306,7 +305,7 @@ def _joints(name: str, c: Given, count: int, kind: str) -> tuple[list[int], str]
     if levels["Down"] != levels["Up"]:
         refuse(name, "up_block_types", c["up_block_types"], "the mirror image of down_block_types")
     if len(joints) > 1 or joints - {"conv", "resnet"}:
-        shown = " and ".join(sorted(map(str, joints)))
+        shown = listed(sorted(map(str, joints)))
         raise UserError(
             f"the {name} joins its levels by {shown} (block types, downsample_type, "
             "upsample_type), but here it can only be all conv or all resnet"

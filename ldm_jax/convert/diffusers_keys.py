@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from ldm_jax.convert.tables import listed, short
 from ldm_jax.errors import UserError
 
 Given = Mapping[str, Any]
-# No model has as many of either, and a damaged config may ask for any number.
-LEVELS = 12
-MOST = 64  # layers of one kind in a level
+MOST = 2**24  # of any number here; what a network can have, the check of our config knows
 
 # Fixed keys with the values that may stand there; the first is the one that we write.
 UNET_FIXED = {
@@ -142,6 +141,11 @@ SCHEDULER_FIXED = {
     "trained_betas": (None,),
     "rescale_betas_zero_snr": (False,),
     "use_flow_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "thresholding": (False,),
+    "algorithm_type": ("dpmsolver++", "dpmsolver"),
 }
 
 
@@ -157,13 +161,15 @@ def settle(given: Given, fixed: Given, used: Given, ignored: Sequence[str]) -> d
             refuse(name, key, value, repr(fixed[key][0]))
         known = key in fixed or key in used or key in ignored or key.startswith("_")
         if not known and value not in (None, False):
-            raise UserError(f"the {name} has the unknown setting {key}={_short(value)}: refused")
+            raise UserError(
+                f"the {name} has the unknown setting {listed([key])}={short(value)}: refused"
+            )
     return {key: given.get(key, default) for key, default in used.items()}
 
 
 def refuse(name: str, key: str, value: Any, want: str) -> NoReturn:
     """Raises UserError: a key of class `name` has a value that is not what we `want`."""
-    raise UserError(f"the {name} has {key}={_short(value)}, but here it can only be {want}")
+    raise UserError(f"the {name} has {key}={short(value)}, but here it can only be {want}")
 
 
 def choose(name: str, c: Given, key: str, choices: Mapping[str, Any]) -> Any:
@@ -178,22 +184,14 @@ def inverse(mapping: Mapping[str, str]) -> dict[str, str]:
     return {value: key for key, value in mapping.items()}
 
 
-def number(
-    name: str, c: Given, key: str, levels: Sequence[int] | None = None, most: int = 2**24
-) -> int:
-    """The whole number, 1 to `most`, of a key that may be given per level; `levels` must agree."""
+def number(name: str, c: Given, key: str, levels: Sequence[int] | None = None) -> int:
+    """The whole number, 1 to `MOST`, of a key that may differ per level; `levels` must agree."""
     value = c[key]
     if isinstance(value, (list, tuple)):
         values = [value[level] for level in (range(len(value)) if levels is None else levels)]
         if len(set(map(str, values))) != 1:
             refuse(name, key, value, "the same for all levels")
         value = values[0]
-    if type(value) is not int or not 1 <= value <= most:
-        refuse(name, key, value, f"a whole number from 1 to {most}")
+    if type(value) is not int or not 1 <= value <= MOST:
+        refuse(name, key, value, f"a whole number from 1 to {MOST}")
     return value
-
-
-def _short(value: Any) -> str:
-    """A foreign value for a message: in one line of ASCII, cut to 80 characters."""
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

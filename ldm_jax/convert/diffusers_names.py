@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ldm_jax.convert.compvis import (  # whose names diffusers has kept in these
+    BOTTLENECK,
+    TRANSFORMER_BLOCK,
+    abstract_first_stage,
+    abstract_unet,
+)
 from ldm_jax.convert.tables import Layer, StateDict, from_flax, make_table, to_flax, within
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.nn.attention import head_count
 from ldm_jax.tensors import LazyArray
-from ldm_jax.types import Condition
 
 CLASS_EMBEDDING = "class_embedding.weight"
 
@@ -46,21 +49,6 @@ ATTENTION = {
     "norm": Layer("group_norm"),
     "qkv": Layer(("to_q", "to_k", "to_v"), "linear"),
     "out": Layer("to_out.0", "linear"),
-}
-TRANSFORMER_BLOCK = {
-    **{f"norm_{i}": Layer(f"norm{i + 1}") for i in range(3)},
-    **{
-        f"{ours}/{name}": Layer(f"{theirs}.{layer}", "linear")
-        for ours, theirs in (("self", "attn1"), ("cross", "attn2"))
-        for name, layer in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0"))
-    },
-    "mlp_in": Layer("ff.net.0.proj", "linear"),
-    "mlp_out": Layer("ff.net.2", "linear"),
-}
-BOTTLENECK = {
-    "quant_conv": Layer("quant_conv", "conv1x1"),
-    "post_quant_conv": Layer("post_quant_conv", "conv1x1"),
-    "codebook": Layer("quantize.embedding.weight"),
 }
 # Attention without a context had other names in the first releases.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -143,11 +131,7 @@ def unet_to_flax(
     Raises:
         UserError: names are missing, unexpected or of the wrong shape; lists them.
     """
-    size = 2 ** (len(module.mult) - 1)
-    x_t, t = _abstract((1, size, size, in_channels)), _abstract((1,))
-    cond = Condition(context=_abstract((1, 1, context_width)) if module.cross_attention else None)
-    abstract = jax.eval_shape(module.init, jax.random.key(0), x_t, t, cond)["params"]
-    abstract = flatten_dict(abstract)
+    abstract = abstract_unet(module, in_channels, context_width)
     table = make_table(unet_layers(module, linear), abstract)
     return reorder_qkv(to_flax(_renamed(state_dict), table, abstract), module, to_ours=True)
 
@@ -164,9 +148,7 @@ def first_stage_to_flax(state_dict: StateDict, module: nn.Module) -> dict:
     Raises:
         UserError: names are missing, unexpected or of the wrong shape; lists them.
     """
-    size = module.patch * 2 ** (len(module.mult) - 1)
-    images, keys = _abstract((1, size, size, 3)), jax.random.split(jax.random.key(0), 1)
-    abstract = flatten_dict(jax.eval_shape(module.init, keys[0], images, keys)["params"])
+    abstract = abstract_first_stage(module)
     table = make_table(first_stage_layers(module), abstract)
     return to_flax(_renamed(state_dict), table, abstract)
 
@@ -191,10 +173,6 @@ def reorder_qkv(params: Mapping[str, Any], module: UNet, to_ours: bool) -> dict:
             split = (3, heads, -1) if to_ours else (heads, 3, -1)
             flat[path] = _reordered(leaf, split)
     return unflatten_dict(flat)
-
-
-def _abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _reordered(leaf: Any, split: tuple[int, int, int]) -> LazyArray:

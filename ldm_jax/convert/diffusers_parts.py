@@ -27,6 +27,8 @@ from ldm_jax.convert.diffusers_keys import (
     number,
     refuse,
 )
+from ldm_jax.convert.model import use_conditioners
+from ldm_jax.convert.tables import short
 from ldm_jax.convert.text import text_module
 from ldm_jax.diffusion.solvers import SAMPLERS
 from ldm_jax.errors import UserError
@@ -47,7 +49,7 @@ def read_scheduler(given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
     ours = next((sampler for sampler, names in SCHEDULERS.items() if name in names), None)
     if ours is None:
         known = ", ".join(names[0] for names in SCHEDULERS.values())
-        raise UserError(f"the scheduler {name} has no counterpart here: choose from {known}")
+        raise UserError(f"the scheduler {short(name)} has no counterpart here: choose from {known}")
     for key, values in SCHEDULER_FIXED.items():
         if given.get(key) not in (None, *values):
             refuse(name, key, given[key], repr(values[0]))
@@ -64,8 +66,11 @@ def read_scheduler(given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
         steps=number(name, c, "num_train_timesteps"),
         predict=choose(name, c, "prediction_type", inverse(PREDICTIONS)),
     )
+    if ours == "dpmpp_2m":
+        orders = {2: "dpmpp_2m", 3: "dpmpp_3m"}
+        ours = choose(name, {"solver_order": 2} | c, "solver_order", orders)
     spacing = "karras" if c.get("use_karras_sigmas") else c["timestep_spacing"]
-    if spacing == "linspace" and ours == "dpmpp_2m":
+    if spacing == "linspace" and ours.startswith("dpmpp"):
         spacing = "linspace_open"
     if spacing not in SAMPLERS[ours].spacings:
         spacing = "leading"
@@ -171,12 +176,13 @@ def derive(parts: Parts, pipeline: str) -> ConfigDict:
     """
     c = config_lib.get_config()
     c.unlock()
-    c.name, c.conditioners, c.data.fields = "imported", (), ()
+    c.name = "imported"
+    use_conditioners(c)
     c.sample.update(steps=50, eta=0.0)
     for part, known in (("first_stage", FIRST_STAGES), ("unet", UNETS)):
         name = parts.get(part, {}).get("_class_name")
         if part in parts and name not in known:
-            raise UserError(f"no {part} is of class {name!r}: choose from {', '.join(known)}")
+            raise UserError(f"no {part} is of class {short(name)}: choose from {', '.join(known)}")
     side = None
     if "first_stage" in parts:
         first_stage = read_first_stage(parts["first_stage"])
@@ -216,6 +222,5 @@ def derive(parts: Parts, pipeline: str) -> ConfigDict:
         "label": unet.classes,
         "low_res": pipeline == SUPER_RESOLUTION,
     }
-    c.conditioners = tuple(name for name, use in used.items() if use)
-    c.data.fields = tuple(f for name in c.conditioners for f in config_lib.FIELDS[name])
+    use_conditioners(c, *(name for name, use in used.items() if use))
     return c

@@ -11,7 +11,7 @@ from ldm_jax import tensors
 from ldm_jax import workdir as files
 from ldm_jax.convert.compvis_model import write_model
 from ldm_jax.convert.diffusers import write_folder
-from ldm_jax.convert.model import Model
+from ldm_jax.convert.model import Model, without_local
 from ldm_jax.convert.torch_file import save_checkpoint
 
 
@@ -49,9 +49,8 @@ def export_diffusers(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
 
 def export_safetensors(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes plain safetensors with our names, a folder that `ldm_jax.load` reads."""
-    files.save_model(
-        out, model.config, model.weights, model.step, model.label_names, model.tokenizer
-    )
+    config = without_local(model.config)
+    files.save_model(out, config, model.weights, model.step, model.label_names, model.tokenizer)
     return [out]
 
 

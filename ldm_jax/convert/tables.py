@@ -7,6 +7,7 @@ strict: every weight of either side is used exactly once, with the right shape.
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -52,6 +53,25 @@ TO_THEIRS = {
 }
 # Leaves of a layer; the last stands alone.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+_SHOWN = reprlib.Repr()  # which looks at no more of a nested value than it shows
+_SHOWN.maxstring = _SHOWN.maxother = 80
+_SHOWN.maxlevel = 2
+
+
+def short(value: Any) -> str:
+    """A foreign value for a message: in one line of ASCII, cut to 80 characters."""
+    text = " ".join(_SHOWN.repr(value).split())
+    text = text.encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """Foreign names for a message: the first ones, each in ASCII and cut to 80 characters."""
+    names = [ascii(name)[1:-1] for name in names]
+    shown = ", ".join(n if len(n) <= 80 else n[:77] + "..." for n in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def within(ours: str, theirs: str, layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -103,15 +123,15 @@ def to_flax(state_dict: StateDict, table: list[Row], abstract: Mapping[Path, Any
         weights, want = [state_dict[name] for name in row.theirs], tuple(abstract[row.ours].shape)
         fitting = _join(row, [_stand_in(weight) for weight in weights])
         if fitting is None or fitting.shape != want:
-            shapes = ", ".join(f"{name} {np.shape(state_dict[name])}" for name in row.theirs)
-            wrong.append(f"{shapes} (does not give {want})")
+            shapes = [f"{listed([name])} {np.shape(state_dict[name])}" for name in row.theirs]
+            wrong.append(f"{', '.join(shapes)} (does not give {want})")
         else:
             read = functools.partial(_read, row, weights)
             lazy = any(isinstance(weight, LazyArray) for weight in weights)
             flat[row.ours] = LazyArray(want, np.dtype(np.float32), read) if lazy else read()
     problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
     if any(problems.values()):
-        found = "; ".join(f"{_listed(names)} {what}" for what, names in problems.items() if names)
+        found = "; ".join(f"{listed(names)} {what}" for what, names in problems.items() if names)
         raise UserError(f"these weights do not fit the model: {found}; check the model's config")
     return unflatten_dict(flat)
 
@@ -141,11 +161,6 @@ def _join(row: Row, weights: list[np.ndarray]) -> np.ndarray | None:
     if len({w.shape for w in weights}) > 1:
         return None
     return np.concatenate(weights, axis=-1)
-
-
-def _listed(names: list[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def from_flax(params: Mapping[str, Any], table: list[Row]) -> dict[str, np.ndarray]:

@@ -31,7 +31,15 @@ from ldm_jax.conditioners.segmentation import SpatialRescaler
 from ldm_jax.conditioners.sentence import EPSILON, SentenceEncoder
 from ldm_jax.conditioners.text import TextTransformer
 from ldm_jax.convert.reader import open_checkpoint
-from ldm_jax.convert.tables import Layer, StateDict, from_flax, make_table, to_flax, within
+from ldm_jax.convert.tables import (
+    Layer,
+    StateDict,
+    from_flax,
+    make_table,
+    short,
+    to_flax,
+    within,
+)
 from ldm_jax.errors import UserError
 from ldm_jax.nn.encoder import ACTIVATIONS
 
@@ -229,7 +237,9 @@ def text_module(config: Mapping[str, Any], length: int = 77) -> nn.Module:
     if kind == "clip":
         return text_module(config.get("text_config", {}) | {"model_type": "clip_text_model"})
     if kind not in MODULES:
-        raise UserError(f"no text encoder of ours is a '{kind}': choose from {', '.join(MODULES)}")
+        raise UserError(
+            f"no text encoder of ours is a {short(str(kind))}: choose from {', '.join(MODULES)}"
+        )
     try:
         return MODULES[kind](config, length)
     except KeyError as error:
@@ -267,7 +277,7 @@ def load_text_encoder(folder: str | os.PathLike[str], length: int = 77) -> tuple
 def _clip(config: Mapping[str, Any], length: int) -> ClipText:
     del length
     if config.get("layer_norm_eps", 1e-5) != 1e-5:
-        raise UserError(f"layer_norm_eps {config['layer_norm_eps']} of a CLIP must be 1e-5")
+        raise UserError(f"layer_norm_eps {short(config['layer_norm_eps'])} of a CLIP must be 1e-5")
     vocab_size = config.get("vocab_size", 49408)
     return ClipText(
         vocab_size=vocab_size,
@@ -326,6 +336,6 @@ MODULES = {"clip_text_model": _clip, "bert": _bert, "ldmbert": _ldmbert}
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
         raise UserError(
-            f"no activation '{name}' in a text encoder: choose from {', '.join(ACTIVATIONS)}"
+            f"no activation {short(name)} in a text encoder: choose from {', '.join(ACTIVATIONS)}"
         )
     return name

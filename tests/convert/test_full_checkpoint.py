@@ -82,6 +82,26 @@ def test_round_trip_is_bit_equal(yaml):
     jax.tree.map(np.testing.assert_array_equal, again.weights, model.weights)
 
 
+def test_averages_inside_the_first_stage_are_taken(yaml):
+    name = "first_stage_model."
+    first = {n.removeprefix(name): w for n, w in state_dict().items() if n.startswith(name)}
+    averages = {f"{name}model_ema.{n.replace('.', '')}": w + 1 for n, w in first.items()}
+    averages |= {
+        f"{name}model_ema.decay": np.zeros(()),
+        f"{name}model_ema.num_updates": np.ones(()),
+    }
+    found = read_model(state_dict() | averages, yaml).weights["first_stage"]
+    shifted = {name + n: w + 1 for n, w in first.items()}
+    want = read_model(state_dict() | shifted, yaml).weights["first_stage"]
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+
+
+@pytest.mark.parametrize("factor", [np.zeros(()), np.float32(np.nan), np.ones(2)])
+def test_factors_that_scale_nothing_are_refused(yaml, factor):
+    with pytest.raises(UserError, match="scale"):
+        read_model(state_dict() | {"scale_factor": factor}, yaml)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
