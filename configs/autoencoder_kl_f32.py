@@ -5,8 +5,7 @@ python -m ldm_jax.train --config=configs/autoencoder_kl_f32.py
 Source: Rombach et al. 2022, Table 8; the authors' first_stage_models/kl-f32. 103.88M parameters.
 Paper: R-FID 2.04, PSNR 22.27, SSIM 0.61 (ImageNet validation, 256x256) after 406,763 steps on
 OpenImages, batch 6 per device; neither the number of devices nor the days are published. The
-paper's loss adds a perceptual and an adversarial term to the one used here; weights imported from
-the released file have seen them.
+perceptual term needs `python -m ldm_jax.weights fetch lpips` first.
 """
 
 from ldm_jax import config as base
@@ -17,6 +16,7 @@ def get_config(arg=""):
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
     c.first_stage.update(kind="kl", mult=(1, 1, 2, 2, 4, 4), attn_downsample=(16, 32))
     c.first_stage.update(channels=64, z_channels=64)
+    c.first_stage.discriminator.update(start=50_001, weight=0.5, layers=3)
     c.first_stage.train.update(batch_size=6, lr=2.7e-05, steps=406_763)
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

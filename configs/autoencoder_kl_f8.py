@@ -5,8 +5,7 @@ python -m ldm_jax.train --config=configs/autoencoder_kl_f8.py
 Source: Rombach et al. 2022, Table 8; the authors' first_stage_models/kl-f8. 83.65M parameters.
 Paper: R-FID 0.90, PSNR 24.19, SSIM 0.69 (ImageNet validation, 256x256) after 246,803 steps on
 OpenImages, batch 4 per device; neither the number of devices nor the days are published. The
-paper's loss adds a perceptual and an adversarial term to the one used here; weights imported from
-the released file have seen them.
+perceptual term needs `python -m ldm_jax.weights fetch lpips` first.
 """
 
 from ldm_jax import config as base
@@ -16,6 +15,7 @@ def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
     c.first_stage.update(kind="kl", mult=(1, 2, 4, 4), channels=4, z_channels=4)
+    c.first_stage.discriminator.update(start=50_001, weight=0.5, layers=3)
     c.first_stage.train.update(batch_size=4, lr=1.8e-05, steps=246_803)
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

@@ -5,8 +5,7 @@ python -m ldm_jax.train --config=configs/autoencoder_vq_f4.py
 Source: Rombach et al. 2022, Table 8; the authors' first_stage_models/vq-f4. 55.32M parameters.
 Paper: R-FID 0.58, PSNR 27.43, SSIM 0.82 (ImageNet validation, 256x256) after 533,066 steps on
 OpenImages, batch 8 per device; neither the number of devices nor the days are published. The
-paper's loss adds a perceptual and an adversarial term to the one used here; weights imported from
-the released file have seen them.
+perceptual term needs `python -m ldm_jax.weights fetch lpips` first.
 """
 
 from ldm_jax import config as base
@@ -16,6 +15,7 @@ def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
     c.first_stage.update(kind="vq", mult=(1, 2, 4), channels=3, z_channels=3, codes=8192)
+    c.first_stage.discriminator.update(start=0, weight=0.75, layers=3)
     c.first_stage.train.update(batch_size=8, lr=3.6e-05, steps=533_066)
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

@@ -5,8 +5,7 @@ python -m ldm_jax.train --config=configs/autoencoder_vq_f4_noattn.py
 Source: Rombach et al. 2022, Table 8; the authors' first_stage_models/vq-f4-noattn. 53.22M
 parameters. Paper: R-FID 1.06, PSNR 25.21, SSIM 0.76 (ImageNet validation, 256x256) after 658,131
 steps on OpenImages, batch 8 per device; neither the number of devices nor the days are published.
-The paper's loss adds a perceptual and an adversarial term to the one used here; weights imported
-from the released file have seen them.
+The perceptual term needs `python -m ldm_jax.weights fetch lpips` first.
 """
 
 from ldm_jax import config as base
@@ -17,6 +16,7 @@ def get_config(arg=""):
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
     c.first_stage.update(kind="vq", mult=(1, 2, 4), mid_attn=False, channels=3, z_channels=3)
     c.first_stage.update(codes=8192)
+    c.first_stage.discriminator.update(start=11, weight=0.75, layers=3)
     c.first_stage.train.update(batch_size=8, lr=3.6e-05, steps=658_131)
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

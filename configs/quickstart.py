@@ -17,6 +17,8 @@ def get_config(arg=""):
     c.first_stage.update(kind="kl", width=64, mult=(1, 1), depth=1, patch=4, norm_groups=16)
     c.first_stage.update(mid_attn=False, z_channels=8, channels=8, log_variance=-6.0)
     c.first_stage.latent_scale = "channel"
+    c.first_stage.perceptual_weight = 0.0  # an adversary needs more steps than there are
+    c.first_stage.discriminator.weight = 0.0
     c.first_stage.train.update(batch_size=16, steps=300, optimizer="muon", lr=0.02)
     c.first_stage.train.update(warmup_steps=20, lr_decay="cosine", betas=(0.9, 0.99))
     c.first_stage.train.update(log_every=25, picture_every=100, checkpoint_every=100)

@@ -18,6 +18,7 @@ from ldm_jax.conditioners.text import TextTransformer
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.diffusion.objective import Objective, make_objective
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
+from ldm_jax.first_stage.discriminator import PatchDiscriminator
 from ldm_jax.first_stage.identity import Identity
 from ldm_jax.first_stage.kl import AutoencoderKL
 from ldm_jax.first_stage.vq import VQModel
@@ -44,6 +45,15 @@ def build_first_stage(config: ConfigDict) -> nn.Module:
     if c.kind == "vq":
         return VQModel(codes=c.codes, **shared)
     return AutoencoderKL(log_variance=c.log_variance, **shared)
+
+
+def build_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
+    """Returns the network that tells images from reconstructions; None where there is none."""
+    c = config.first_stage.discriminator
+    if c.weight == 0 or config.first_stage.kind == "identity":
+        return None
+    dtype = jnp.dtype(config.first_stage.train.dtype)
+    return PatchDiscriminator(width=c.width, layers=c.layers, dtype=dtype)
 
 
 def build_denoiser(config: ConfigDict) -> nn.Module:

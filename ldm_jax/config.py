@@ -41,6 +41,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c.data.update(resolution=32, crop="center", threads=2)
     c.first_stage.update(width=32, depth=1, mult=c.first_stage.mult[:2], norm_groups=8)
     c.first_stage.update(codes=min(c.first_stage.codes, 64))
+    if c.first_stage.perceptual_weight > 0:
+        c.first_stage.lpips = "random"
+    c.first_stage.discriminator.update(width=8, start=1)
     c.first_stage.update(stats_images=min(c.first_stage.stats_images or 64, 64))
     c.denoiser.update(width=32, depth=1, mult=c.denoiser.mult[:2])
     for network in (c.first_stage, c.denoiser):
@@ -212,6 +215,7 @@ _CHOICES = {
     "data.crop": ("center", "random"),
     "first_stage.kind": ("kl", "vq", "identity"),
     "first_stage.loss": ("l1", "l2"),
+    "first_stage.discriminator.loss": ("hinge", "vanilla"),
     "first_stage.train.dtype": DTYPES,
     "train.dtype": DTYPES,
     "first_stage.train.optimizer": ("adamw", "muon"),

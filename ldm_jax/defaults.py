@@ -68,6 +68,18 @@ def get_config() -> ConfigDict:
                 dropout=0.0,
                 loss="l1",  # reconstruction: l1 | l2
                 log_variance=0.0,  # at which the posterior's starts; low in short runs (kl)
+                perceptual_weight=1.0,  # of LPIPS, added to the error of every element; 0 = none
+                # Its weights: '' = those of `python -m ldm_jax.weights fetch lpips`, a path to
+                # such a file, or random (untrained, to try the code)
+                lpips="",
+                discriminator=dict(
+                    weight=0.5,  # of the adversarial term, times the adaptive one; 0 = none
+                    factor=1.0,  # of both losses from `start` on
+                    start=50_001,  # step before which neither network learns from the other
+                    loss="hinge",  # hinge | vanilla
+                    layers=3,  # of stride 2
+                    width=64,  # channels of the first layer
+                ),
                 kl_weight=1e-6,  # of the KL term, summed over C, h, w (kl)
                 codebook_weight=1.0,  # of the codebook and commitment term (vq)
                 # Latents are multiplied by: stored (what the first stage holds; 1 if just

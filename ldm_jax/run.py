@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -22,13 +23,16 @@ from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.transforms import CachedTransform
 from ldm_jax.diffusion.samplers import make_table, nearest_eta
 from ldm_jax.errors import UserError
+from ldm_jax.first_stage.lpips import LPIPS
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training import latents as latents_lib
+from ldm_jax.training.first_stage_steps import first_stage_functions
 from ldm_jax.training.interrupt import Interrupts
 from ldm_jax.training.loop import Stage, fit
 from ldm_jax.training.sharding import check_batch, make_mesh
 from ldm_jax.training.state import TrainState
-from ldm_jax.training.steps import diffusion_functions, first_stage_functions
+from ldm_jax.training.steps import diffusion_functions
+from ldm_jax.weights import load_lpips
 
 COMPARED_IMAGES = 20_000  # at most so many training images are searched for nearest neighbours
 
@@ -79,7 +83,16 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
     elif given:
         files.load_first_stage(given, config)
     elif config.first_stage.kind != "identity":
-        check_batch(config.first_stage.train.batch_size, mesh, "first_stage.train.batch_size")
+        block = config.first_stage.train
+        check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
+        perceptual_weights(config)
+        jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
+        d = config.first_stage.discriminator
+        if d.weight > 0 and d.start >= block.steps:
+            print(
+                f"note: the discriminator starts at step {d.start}, but the first stage ends at "
+                f"{block.steps}: the adversarial term is never used"
+            )
     if config.train.steps == 0:
         return  # a first stage only
     if not files.has_checkpoint(workdir):
@@ -101,6 +114,21 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
             "use 1, or a conditioner with one"
         )
     jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
+
+
+def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
+    """Returns {'lpips': params} if the first stage trains with a perceptual term, else {}.
+
+    Raises:
+        UserError: there are no such weights; says how to get them.
+    """
+    c = config.first_stage
+    if c.perceptual_weight == 0:
+        return {}
+    if c.lpips == "random":
+        image = jnp.zeros((1, 16, 16, 3))
+        return {"lpips": jax.jit(LPIPS().init)(jax.random.key(0), image, image)["params"]}
+    return {"lpips": load_lpips(c.lpips)}
 
 
 def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
@@ -177,7 +205,9 @@ class _Run:
             images.save_png(path, images.pairs_grid(examples, decoded))
             return path
 
-        stage = Stage("first stage", directory, config.first_stage.train, init, step, {}, picture)
+        frozen = perceptual_weights(config)
+        block = config.first_stage.train
+        stage = Stage("first stage", directory, block, init, step, frozen, picture)
         return self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
 
     def _variables(self, state: TrainState) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.interrupt import Interrupted, Interrupts
 from ldm_jax.training.logging import MetricWriter, Progress
 from ldm_jax.training.sharding import batch_sharding, replicated
-from ldm_jax.training.state import TrainState
-from ldm_jax.training.steps import Init, Step
+from ldm_jax.training.state import Init, Step, TrainState
 
 
 @dataclasses.dataclass(frozen=True)

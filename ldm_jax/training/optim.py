@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
@@ -30,6 +31,14 @@ def learning_rate(block: ConfigDict) -> optax.Schedule:
         return after
     warmup = optax.linear_schedule(block.lr_start * block.lr, block.lr, block.warmup_steps)
     return optax.join_schedules([warmup, after], [block.warmup_steps])
+
+
+def shared_metrics(rate: optax.Schedule, step: jax.Array, grads: Any) -> dict[str, jax.Array]:
+    """What every training step logs: the norm of its gradient and its learning rate."""
+    return {
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": jnp.asarray(rate(step), jnp.float32),
+    }
 
 
 def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:

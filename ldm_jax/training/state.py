@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -19,9 +20,17 @@ class TrainState:
         params: trained weights, by part of the model.
         ema_params: moving average of some of them; {} in the first stage, as in the paper.
         opt_state: of the optimiser.
+        stats: running statistics of batch normalisations; {} where there are none.
     """
 
     step: Array
     params: dict[str, Any]
     ema_params: dict[str, Any]
     opt_state: optax.OptState
+    stats: dict[str, Any] = flax.struct.field(default_factory=dict)
+
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
+Init = Callable[[Array], TrainState]

@@ -1,9 +1,8 @@
-"""The update steps of both stages, as pure functions of (state, frozen, batch, key)."""
+"""The update step of the diffusion model, a pure function of (state, frozen, batch, key)."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,66 +15,10 @@ from ldm_jax.config import frozen_parts as frozen_parts_of
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
 from ldm_jax.diffusion.objective import quartile_means
-from ldm_jax.first_stage.losses import autoencoder_loss
 from ldm_jax.training.ema import ema_update
-from ldm_jax.training.optim import learning_rate, make_optimizer
-from ldm_jax.training.state import TrainState
+from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
+from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array, Condition
-
-Batch = dict[str, Array]
-Metrics = dict[str, Array]
-Step = Callable[[TrainState, Any, Batch, Array], tuple[TrainState, Metrics]]
-Init = Callable[[Array], TrainState]
-
-
-def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
-    """Returns (init, step) that train the first stage on images."""
-    module = builders.build_first_stage(config)
-    c = config.first_stage
-    optimizer, rate = make_optimizer(c.train), learning_rate(c.train)
-
-    def init(key: Array) -> TrainState:
-        size = config.data.resolution
-        example = jnp.zeros((1, size, size, 3))
-        params = module.init(key, example, random.example_keys(key, 1))["params"]
-        params = {"first_stage": params}
-        return TrainState(jnp.int32(0), params, {}, optimizer.init(params))
-
-    def step(
-        state: TrainState, frozen: Any, batch: Batch, key: Array
-    ) -> tuple[TrainState, Metrics]:
-        image = images.to_float(batch["image"])
-        step_key = jax.random.fold_in(key, state.step)
-        keys = random.example_keys(step_key, image.shape[0])
-
-        def loss_fn(params: Any) -> tuple[Array, Metrics]:
-            reconstruction, aux = module.apply(
-                {"params": params["first_stage"]},
-                image,
-                random.fold_in(keys, 0),
-                train=True,
-                rngs={"dropout": jax.random.fold_in(step_key, image.shape[0])},
-            )
-            return autoencoder_loss(
-                reconstruction,
-                image,
-                aux,
-                kind=c.kind,
-                loss=c.loss,
-                kl_weight=c.kl_weight,
-                codebook_weight=c.codebook_weight,
-            )
-
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-        )
-        return new, {"loss": loss, **metrics, **_shared_metrics(rate, state, grads)}
-
-    return init, step
 
 
 def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
@@ -160,7 +103,7 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         new = TrainState(state.step + 1, params, ema, opt_state)
         quartiles = quartile_means(per_example, aux["t"], config.diffusion.steps)
         quartiles = {f"loss_{name}": value for name, value in quartiles.items()}
-        return new, {"loss": loss, **quartiles, **_shared_metrics(rate, state, grads)}
+        return new, {"loss": loss, **quartiles, **shared_metrics(rate, state.step, grads)}
 
     return init, step
 
@@ -173,10 +116,3 @@ def _labelled(params: Any, frozen_parts: tuple[str, ...]) -> Any:
         return "frozen" if frozen else "trained"
 
     return jax.tree_util.tree_map_with_path(label, params)
-
-
-def _shared_metrics(rate: optax.Schedule, state: TrainState, grads: Any) -> Metrics:
-    return {
-        "grad_norm": optax.global_norm(grads),
-        "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
-    }

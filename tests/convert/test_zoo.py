@@ -14,7 +14,8 @@ from test_configs import load as load_config
 from ldm_jax.convert.compvis_model import read_weights, write_model
 from ldm_jax.convert.model import Model
 from ldm_jax.tensors import LazyArray
-from ldm_jax.training.steps import diffusion_functions, first_stage_functions
+from ldm_jax.training.first_stage_steps import first_stage_functions
+from ldm_jax.training.steps import diffusion_functions
 
 # The authors' list: our config. Where two lists are of one model, both are checked.
 ZOO = {

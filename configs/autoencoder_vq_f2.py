@@ -1,0 +1,21 @@
+"""First stage on its own: vector-quantised, f=2, 2048 codes.
+
+python -m ldm_jax.train --config=configs/autoencoder_vq_f2.py
+
+Source: Rombach et al. 2022, Table 8, which gives factor, channels and codes; no weights and no
+other settings are published. The rest is that of f=4 with one level less. Paper: R-FID 0.16, PSNR
+30.85, SSIM 0.91 (ImageNet validation, 256x256). The perceptual term needs `python -m
+ldm_jax.weights fetch lpips` first.
+"""
+
+from ldm_jax import config as base
+
+
+def get_config(arg=""):
+    c = base.get_config()
+    c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
+    c.first_stage.update(kind="vq", mult=(1, 2), channels=2, z_channels=2, codes=2048)
+    c.first_stage.discriminator.update(start=0, weight=0.75, layers=3)
+    c.first_stage.train.update(batch_size=8, lr=3.6e-05, steps=533_066)
+    c.train.steps = 0  # no diffusion model
+    return base.finish(c, arg)
