@@ -39,7 +39,7 @@ def train(config, steps):
 
 
 def distance(a, b):
-    return max(float(jnp.abs(x - y).max()) for x, y in zip(*map(jax.tree.leaves, (a, b))))
+    return max(jax.tree.leaves(jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), a, b)))
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
@@ -73,7 +73,7 @@ def test_gradient_is_that_of_the_written_out_loss():
     config = toy(start=0)
     init, step = first_stage_functions(config)
     state = jax.jit(init)(jax.random.key(0))
-    new, metrics = jax.jit(step)(state, {}, BATCH, jax.random.key(1))
+    _, metrics = jax.jit(step)(state, {}, BATCH, jax.random.key(1))
 
     module, judge = builders.build_first_stage(config), builders.build_discriminator(config)
     image = images.to_float(BATCH["image"])
