@@ -28,6 +28,15 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+# Whole files go to one of two processes: the longest come first, so that both end together.
+LONGEST = ("test_end_to_end.py", "test_fine_tuning.py", "test_configs.py", "test_unet.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> pathlib.Path:
     return GOLDEN

@@ -1,16 +1,22 @@
 """Fine-tuning of imported models: where they start, what stays frozen, what is refused."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
+from commands import command
 from convert.models import CLIP, MODELS, make_config, make_model, make_tokenizer
 from ml_collections import ConfigDict
 
 import ldm_jax
 from ldm_jax import workdir as files
+from ldm_jax.config import differences, flatten
 from ldm_jax.convert.export import export_safetensors
 from ldm_jax.errors import UserError
 from ldm_jax.run import run
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def toy(config, **changes):
@@ -35,8 +41,15 @@ def imported(tmp_path_factory):
 
 def test_training_starts_from_the_weights_and_leaves_clip_as_it_is(imported, tmp_path):
     model, source = imported
-    changes = {"init_from": str(source), "first_stage.weights": str(source), "train.lr": 1e-3}
-    run(toy(model.config, **changes), tmp_path / "run")
+    config = toy(model.config, **{"train.lr": 1e-3})
+    changes = [f"--config.{line.split(':')[0]}" for line in differences(model.config, config)]
+    values = flatten(config)
+    command(
+        "train",
+        f"--config={CONFIGS / 'imported.py'}:{source}",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"{flag}={values[flag.removeprefix('--config.')]}" for flag in changes),
+    )
     trained = ldm_jax.load(tmp_path / "run")  # brings its tokenizer along
     assert trained.tokenizer(["ab"]).shape == (1, CLIP["length"])
     same = jax.tree.map(
@@ -54,7 +67,8 @@ def test_training_starts_from_the_weights_and_leaves_clip_as_it_is(imported, tmp
 
 def test_frozen_encoder_without_weights_is_refused(imported, tmp_path):
     model, source = imported
-    config = toy(model.config, **{"text.tokenizer": str(source / "tokenizer")})
+    given = {"text.tokenizer": str(source / "tokenizer"), "first_stage.weights": str(source)}
+    config = toy(model.config, **given)
     with pytest.raises(UserError, match=r"set config\.init_from"):
         run(config, tmp_path / "run")
 

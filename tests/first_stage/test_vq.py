@@ -11,7 +11,8 @@ from golden_utils import load, quick_jit
 from ldm_jax.convert import compvis
 from ldm_jax.first_stage.vq import VQModel, codebook_init, nearest_codes, quantise
 
-FIXTURES = ["ae_vq_f4", "ae_vq_f4_noattn", "ae_vq_f8"]
+FIXTURES = ["ae_vq_f4", "ae_vq_f8"]
+FIXTURES.append(pytest.param("ae_vq_f4_noattn", marks=pytest.mark.slow))  # the same less attention
 
 
 def from_config(config: dict) -> VQModel:
