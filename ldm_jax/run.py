@@ -79,9 +79,9 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
         )
     given = config.first_stage.weights
     if (workdir / "first_stage" / files.WEIGHTS).is_file():
-        files.load_first_stage(workdir, config)
+        files.open_first_stage(workdir, config)  # not read yet: names and shapes
     elif given:
-        files.load_first_stage(given, config)
+        files.open_first_stage(given, config)
     elif config.first_stage.kind != "identity":
         block = config.first_stage.train
         check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
