@@ -102,39 +102,6 @@ def code_usage(counts: Array) -> tuple[Array, Array]:
     return (counts > 0).mean(), jnp.exp(entropy)
 
 
-def autoencoder_loss(
-    reconstruction: Array,
-    images: Array,
-    aux: Metrics,
-    *,
-    kind: str,
-    loss: str = "l1",
-    kl_weight: float = 1e-6,
-    codebook_weight: float = 1.0,
-) -> tuple[Array, Metrics]:
-    """Loss without a discriminator: images and the results of `autoencode` -> scalar, metrics.
-
-    Args:
-        reconstruction: (B, H, W, 3).
-        images: (B, H, W, 3) in [-1, 1].
-        aux: the dictionary that `autoencode` returned.
-        kind: 'kl' or 'vq'.
-        loss: of the reconstruction, 'l1' or 'l2'.
-        kl_weight: of the KL term ('kl').
-        codebook_weight: of the codebook and commitment term ('vq').
-
-    Returns:
-        The loss and scalar metrics, among them 'reconstruction_mae', the mean absolute error.
-
-    Raises:
-        UserError: `kind` or `loss` is unknown.
-    """
-    per_example, metrics = reconstruction_loss(reconstruction, images, kind=kind, loss=loss)
-    weights = dict(kl_weight=kl_weight, codebook_weight=codebook_weight)
-    term, more = regulariser(aux, kind=kind, **weights)
-    return per_example.mean() + term, metrics | more
-
-
 def adversarial_factor(step: Array, start: int, factor: float = 1.0) -> Array:
     """`factor` from step `start` on, 0 before: of the generator's and the discriminator's loss."""
     return jnp.where(step < start, 0.0, factor)
