@@ -14,9 +14,6 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
-    c.first_stage.update(kind="kl", mult=(1, 1, 2, 2, 4), attn_downsample=(16,), channels=16)
-    c.first_stage.update(z_channels=16)
-    c.first_stage.discriminator.update(start=50_001, weight=0.5, layers=3)
-    c.first_stage.train.update(batch_size=6, lr=2.7e-05, steps=442_998)
+    base.use_first_stage(c, "kl_f16")
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

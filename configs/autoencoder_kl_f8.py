@@ -14,8 +14,6 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
-    c.first_stage.update(kind="kl", mult=(1, 2, 4, 4), channels=4, z_channels=4)
-    c.first_stage.discriminator.update(start=50_001, weight=0.5, layers=3)
-    c.first_stage.train.update(batch_size=4, lr=1.8e-05, steps=246_803)
+    base.use_first_stage(c, "kl_f8")
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

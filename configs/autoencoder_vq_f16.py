@@ -14,9 +14,6 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
-    c.first_stage.update(kind="vq", mult=(1, 1, 2, 2, 4), attn_downsample=(16,), channels=8)
-    c.first_stage.update(z_channels=8, codes=16384)
-    c.first_stage.discriminator.update(start=250_001, weight=0.75, layers=2)
-    c.first_stage.train.update(batch_size=14, lr=6.3e-05, steps=1_101_166)
+    base.use_first_stage(c, "vq_f16")
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

@@ -14,8 +14,6 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
-    c.first_stage.update(kind="vq", mult=(1, 2), channels=2, z_channels=2, codes=2048)
-    c.first_stage.discriminator.update(start=0, weight=0.75, layers=3)
-    c.first_stage.train.update(batch_size=8, lr=3.6e-05, steps=533_066)
+    base.use_first_stage(c, "vq_f2")
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

@@ -14,9 +14,6 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:open_images_v4", resolution=256, crop="random")
-    c.first_stage.update(kind="vq", mult=(1, 2, 2, 4), attn_downsample=(8,), channels=4)
-    c.first_stage.update(z_channels=4, codes=256)
-    c.first_stage.discriminator.update(start=250_001, weight=0.75, layers=3)
-    c.first_stage.train.update(batch_size=10, lr=4.5e-05, steps=1_608_649)
+    base.use_first_stage(c, "vq_f8_n256")
     c.train.steps = 0  # no diffusion model
     return base.finish(c, arg)

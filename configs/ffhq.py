@@ -15,7 +15,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="folder:data/ffhq256", resolution=256)
-    c.first_stage.update(kind="vq", mult=(1, 2, 4), channels=3, z_channels=3, codes=8192)
+    base.use_first_stage(c, "vq_f4")
     c.denoiser.update(width=224, mult=(1, 2, 3, 4), attn_downsample=(2, 4, 8), head_dim=32)
     c.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0195), predict="eps")
     c.train.update(batch_size=42, lr=8.4e-5, steps=635_000)

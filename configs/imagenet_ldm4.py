@@ -14,7 +14,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:imagenet2012", fields=("label",), resolution=256)
-    c.first_stage.update(kind="vq", mult=(1, 2, 4), channels=3, z_channels=3, codes=8192)
+    base.use_first_stage(c, "vq_f4")
     c.denoiser.update(width=192, mult=(1, 2, 3, 5), attn_downsample=(2, 4, 8), num_heads=1)
     c.denoiser.update(cross_attention=True)
     c.conditioners = ("label",)

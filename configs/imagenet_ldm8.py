@@ -13,9 +13,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:imagenet2012", fields=("label",), resolution=256)
-    c.first_stage.update(kind="vq", mult=(1, 2, 2, 4), attn_downsample=(8,), codes=16384)
-    c.first_stage.update(channels=4, z_channels=4)
-    c.first_stage.train.update(batch_size=10, lr=4.5e-5)
+    base.use_first_stage(c, "vq_f8")
     c.denoiser.update(width=256, mult=(1, 2, 4), attn_downsample=(1, 2, 4), head_dim=32)
     c.denoiser.update(cross_attention=True)
     c.conditioners = ("label",)

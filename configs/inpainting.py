@@ -17,7 +17,7 @@ def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:places365_small", fields=("masked_image", "mask"))
     c.data.update(resolution=256)
-    c.first_stage.update(kind="vq", mult=(1, 2, 4), channels=3, z_channels=3, codes=8192)
+    base.use_first_stage(c, "vq_f4")
     c.denoiser.update(width=128, mult=(1, 4, 8), attn_downsample=(), num_heads=1)
     c.conditioners = ("inpainting",)
     c.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0205), loss="l1")

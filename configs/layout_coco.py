@@ -15,8 +15,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:coco/2017", fields=("boxes",), resolution=256)
-    c.first_stage.update(kind="vq", mult=(1, 2, 2, 4), attn_downsample=(8,), channels=4)
-    c.first_stage.update(z_channels=4, codes=16384)
+    base.use_first_stage(c, "vq_f8")
     c.denoiser.update(width=192, mult=(1, 2, 4), attn_downsample=(1, 2, 4), num_heads=1)
     c.denoiser.update(cross_attention=True, transformer_depth=2, dropout=0.1)
     c.conditioners = ("layout",)

@@ -13,9 +13,8 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:lsun/church_outdoor", resolution=256)
-    c.first_stage.update(kind="kl", mult=(1, 2, 4, 4), channels=4, z_channels=4)
+    base.use_first_stage(c, "kl_f8")
     c.first_stage.update(latent_scale="first_batch")
-    c.first_stage.train.update(batch_size=12, lr=5.4e-5)
     c.denoiser.update(width=192, mult=(1, 2, 2, 4, 4), attn_downsample=(1, 2, 4, 8), num_heads=8)
     c.denoiser.update(scale_shift=True, resblock_resample=True)
     c.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0155), predict="eps", loss="l1")

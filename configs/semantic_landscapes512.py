@@ -14,7 +14,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="folder:data/landscapes", fields=("segmentation",), resolution=512)
-    c.first_stage.update(kind="vq", mult=(1, 2, 4), channels=3, z_channels=3, codes=8192)
+    base.use_first_stage(c, "vq_f4")
     c.denoiser.update(width=128, mult=(1, 4, 8), attn_downsample=(8, 16, 32), num_heads=8)
     c.conditioners = ("segmentation",)
     c.segmentation.update(num_classes=182, channels=3, stages=2)

@@ -15,7 +15,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="tfds:imagenet2012", fields=("low_res",), resolution=256)
-    c.first_stage.update(kind="vq", mult=(1, 2, 4), channels=3, z_channels=3, codes=8192)
+    base.use_first_stage(c, "vq_f4")
     c.denoiser.update(width=160, mult=(1, 2, 2, 4), attn_downsample=(8, 16), num_heads=1)
     c.conditioners = ("low_res",)
     c.diffusion.update(schedule="scaled_linear", beta=(0.0015, 0.0155), loss="l2")

@@ -15,7 +15,7 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="folder:data/captions", fields=("tokens",), resolution=512)
-    c.first_stage.update(kind="kl", mult=(1, 2, 4, 4), channels=4, z_channels=4)
+    base.use_first_stage(c, "kl_f8")
     c.first_stage.update(latent_scale="0.18215")
     c.denoiser.update(width=320, mult=(1, 2, 4, 4), attn_downsample=(1, 2, 4), num_heads=8)
     c.denoiser.update(cross_attention=True, remat=True)

@@ -19,6 +19,7 @@ from ldm_jax.denoisers.unet import UNet
 from ldm_jax.diffusion.objective import Objective, make_objective
 from ldm_jax.diffusion.schedule import Schedule, make_schedule
 from ldm_jax.first_stage.discriminator import PatchDiscriminator
+from ldm_jax.first_stage.fsq import FSQModel
 from ldm_jax.first_stage.identity import Identity
 from ldm_jax.first_stage.kl import AutoencoderKL
 from ldm_jax.first_stage.vq import VQModel
@@ -43,7 +44,10 @@ def build_first_stage(config: ConfigDict) -> nn.Module:
         dtype=jnp.dtype(c.train.dtype),
     )
     if c.kind == "vq":
-        return VQModel(codes=c.codes, **shared)
+        trained = c.codebook.rule == "gradient"
+        return VQModel(codes=c.codes, trained_codebook=trained, **shared)
+    if c.kind == "fsq":
+        return FSQModel(levels=tuple(c.levels), **shared)
     return AutoencoderKL(log_variance=c.log_variance, **shared)
 
 

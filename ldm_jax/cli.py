@@ -80,7 +80,7 @@ def use_compilation_cache() -> None:
 
 
 def define_config_flag() -> flags.FlagHolder:
-    """Defines --config=FILE.py[:smoke] with --config.a.b=value overrides."""
+    """Defines --config=FILE.py[:modern|smoke] with --config.a.b=value overrides."""
     return config_flags.DEFINE_config_file(
         "config", None, "Config file, e.g. configs/quickstart.py or configs/quickstart.py:smoke."
     )
@@ -101,7 +101,9 @@ def read_config(flag: flags.FlagHolder) -> ConfigDict:
     value = flag.value
     if not isinstance(value, ConfigDict):
         raise UserError(f"{file} gave no config: its get_config(arg) must return a ConfigDict")
-    name = os.path.splitext(os.path.basename(file))[0] + (f"-{arg}" if arg else "")
+    name = os.path.splitext(os.path.basename(file))[0] + (
+        f"-{arg.replace(',', '-')}" if arg else ""
+    )
     if not value.get("name", ""):
         value.name = name
     return config_lib.check(value)

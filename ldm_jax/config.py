@@ -16,6 +16,9 @@ from ml_collections import ConfigDict
 
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
+from ldm_jax.published import use_first_stage
+
+__all__ = ["get_config", "use_first_stage"]  # where config files start
 
 DTYPES = ("float32", "bfloat16")
 # The batch fields that each conditioner reads.
@@ -43,7 +46,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c.first_stage.update(codes=min(c.first_stage.codes, 64))
     if c.first_stage.perceptual_weight > 0:
         c.first_stage.lpips = "random"
-    c.first_stage.discriminator.update(width=8, start=1)
+    c.first_stage.eval.update(split="", images=8)
+    # Those that need trained weights stay away, and so does what would need a download.
+    c.first_stage.eval.metrics = tuple(
+        name for name in c.first_stage.eval.metrics if name in ("psnr", "ssim")
+    )
+    c.first_stage.discriminator.update(width=8, start=1, warmup=0, ramp=0)
     c.first_stage.update(stats_images=min(c.first_stage.stats_images or 64, 64))
     c.denoiser.update(width=32, depth=1, mult=c.denoiser.mult[:2])
     for network in (c.first_stage, c.denoiser):
@@ -66,12 +74,29 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return ConfigDict(c).lock()
 
 
+def modern(config: ConfigDict) -> ConfigDict:
+    """Sets what was measured to help beyond the paper's recipe for first stages.
+
+    docs/first_stages.md has the measurements.
+    """
+    c = config.first_stage
+    c.ema_decay = 0.999
+    c.train.grad_clip = 1.0
+    if c.kind == "vq":
+        c.codebook.update(rule="ema", reset=0.05)
+    return config
+
+
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
-    """Ends a config file: applies its argument (`file.py:smoke`); refuses any other."""
-    if arg == "smoke":
-        return shrink(config)
-    if arg:
-        raise UserError(f"unknown config argument '{arg}': the only one is 'smoke'")
+    """Ends a config file: applies its argument, `file.py:smoke`, `file.py:modern` or both."""
+    options = {"modern": modern, "smoke": shrink}
+    chosen = arg.split(",") if arg else []
+    for name in chosen:
+        if name not in options:
+            known = ", ".join(options)
+            raise UserError(f"unknown config argument '{name}': choose from {known}")
+    for name, apply in options.items():  # in this order, whatever the one that was given
+        config = apply(config) if name in chosen else config
     return config
 
 
@@ -184,7 +209,7 @@ def check(config: ConfigDict) -> ConfigDict:
 
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
-_AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim"}
+_AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim", "images"}
 _AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
 _AT_LEAST_ZERO = {
     "steps",
@@ -198,24 +223,38 @@ _AT_LEAST_ZERO = {
     "pad_token",
     "eta",
     "lr",
+    "start",
+    "warmup",
+    "ramp",
+    "lecam",
+    "factor",
+    "weight",
+    "kl_weight",
+    "codebook_weight",
+    "perceptual_weight",
 }
 _SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta", "lr_start", "lr_end"}
+_SHARES |= {"decay", "reset"}
 # Far above what any model has; anything larger is a mistake that would take all time or memory.
 MOST_LEVELS = 10
 MOST_BLOCKS = 500
+MOST_CODES = 2**24
 _AT_MOST = dict.fromkeys(_SHARES, 1) | {"stages": MOST_LEVELS, "patch": 64}
 _AT_MOST |= dict.fromkeys(("depth", "transformer_depth"), 100) | {"mlp_width": 2**18}
 _AT_MOST |= dict.fromkeys(("width", "channels", "z_channels", "norm_groups"), 2**16)
 _AT_MOST |= dict.fromkeys(("heads", "num_heads", "head_dim", "length", "resolution"), 2**16)
-_AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), 2**24)
+_AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), MOST_CODES)
 _AT_MOST |= {"diffusion.steps": 10**6}
 _PAIRS = {"betas", "beta"}
+_NAMES = {"fields", "conditioners", "metrics"}
+METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
 _SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
 _CHOICES = {
     "data.crop": ("center", "random"),
-    "first_stage.kind": ("kl", "vq", "identity"),
+    "first_stage.kind": ("kl", "vq", "fsq", "identity"),
     "first_stage.loss": ("l1", "l2"),
     "first_stage.discriminator.loss": ("hinge", "vanilla"),
+    "first_stage.codebook.rule": ("gradient", "ema"),
     "first_stage.train.dtype": DTYPES,
     "train.dtype": DTYPES,
     "first_stage.train.optimizer": ("adamw", "muon"),
@@ -246,7 +285,7 @@ def _check_tuples(flat: dict[str, Any]) -> None:
                 f"config.{key} has {len(value)} values, but at most {MOST_LEVELS} can be"
             )
         name = key.split(".")[-1]
-        kind = float if name in _PAIRS else str if name in ("fields", "conditioners") else int
+        kind = float if name in _PAIRS else str if name in _NAMES else int
         if any(type(x) is not kind and not (kind is float and type(x) is int) for x in value):
             raise UserError(f"config.{key} is {tuple(value)}, but must hold {kind.__name__}s")
         if name in _PAIRS and len(value) != 2:
@@ -274,14 +313,33 @@ def _check_choices(flat: dict[str, Any]) -> None:
                 f"config.first_stage.latent_scale is '{rule}': choose from stored, first_batch, "
                 "scalar, channel or a positive number"
             )
+    for name in flat["first_stage.eval.metrics"]:
+        if name not in METRICS:
+            known = ", ".join(METRICS)
+            raise UserError(f"config.first_stage.eval.metrics names '{name}': choose from {known}")
     for name in flat["conditioners"]:
         if name not in FIELDS:
             known = ", ".join(FIELDS)
             raise UserError(f"config.conditioners names '{name}': choose from {known}")
 
 
+def _check_levels(c: ConfigDict) -> None:
+    """Checks the values per channel of rounded latents."""
+    levels, channels = tuple(c.first_stage.levels), c.first_stage.channels
+    if c.first_stage.kind != "fsq":
+        if levels:
+            raise UserError("config.first_stage.levels are for first_stage.kind='fsq' only")
+        return
+    if len(levels) != channels or min(levels) < 2 or math.prod(levels) > MOST_CODES:
+        raise UserError(
+            f"config.first_stage.levels is {levels}, but must be {channels} numbers "
+            f"(first_stage.channels) of at least 2, with a product of at most {MOST_CODES}"
+        )
+
+
 def _check_sizes(c: ConfigDict) -> None:
     """Checks the values that only make sense together."""
+    _check_levels(c)
     for name in ("first_stage", "denoiser"):
         blocks = len(c[name].mult) * c[name].depth * c[name].get("transformer_depth", 1)
         if blocks > MOST_BLOCKS:

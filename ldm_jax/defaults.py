@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 cache_latents=False,  # encode the set once and keep its moments in host memory
             ),
             first_stage=dict(
-                kind="vq",  # kl | vq | identity (diffusion on pixels)
+                kind="vq",  # kl | vq | fsq | identity (diffusion on pixels)
                 weights="",  # '' = train it first; or a workdir or an exported folder
                 width=128,  # channels at full resolution; a multiple of norm_groups
                 mult=(1, 2, 4),  # channel multiplier per level; f = patch * 2**(levels - 1)
@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
                 z_channels=3,  # between encoder and decoder and their 1x1 convolutions
                 channels=3,  # of the latents
                 codes=8192,  # size of the codebook (vq)
+                levels=(),  # values that each latent channel is rounded to, e.g. (8, 5, 5, 5) (fsq)
                 dropout=0.0,
                 loss="l1",  # reconstruction: l1 | l2
                 log_variance=0.0,  # at which the posterior's starts; low in short runs (kl)
@@ -72,21 +73,40 @@ def get_config() -> ConfigDict:
                 # Its weights: '' = those of `python -m ldm_jax.weights fetch lpips`, a path to
                 # such a file, or random (untrained, to try the code)
                 lpips="",
+                # Of the observation: one number, learnt along, that weighs the error of an element
+                # against all other terms; False keeps it at 0, as published
+                learn_log_variance=False,
                 discriminator=dict(
                     weight=0.5,  # of the adversarial term, times the adaptive one; 0 = none
                     factor=1.0,  # of both losses from `start` on
                     start=50_001,  # step before which neither network learns from the other
+                    warmup=0,  # steps from `start` on in which only the discriminator learns
+                    ramp=0,  # steps after these in which the adversarial term rises to its weight
+                    lecam=0.0,  # of the LeCam regulariser of its logits; 0 = none
                     loss="hinge",  # hinge | vanilla
                     layers=3,  # of stride 2
                     width=64,  # channels of the first layer
                 ),
                 kl_weight=1e-6,  # of the KL term, summed over C, h, w (kl)
                 codebook_weight=1.0,  # of the codebook and commitment term (vq)
+                codebook=dict(
+                    rule="gradient",  # gradient (the paper's) | ema (of the latents of each code)
+                    decay=0.99,  # of the running averages of `ema`, and of how much codes are used
+                    # Codes used less than this share of an even use start again at a latent of
+                    # the batch; 0 = never
+                    reset=0.0,
+                ),
+                ema_decay=0.0,  # of the weights that are kept in the end; 0 = the trained ones
                 # Latents are multiplied by: stored (what the first stage holds; 1 if just
                 # trained) | first_batch (1/std of the first batch) | scalar (1/std of the set)
                 # | channel (each channel to mean 0 and std 1) | a number such as 0.18215
                 latent_scale="stored",
                 stats_images=0,  # images measured for scalar and channel; 0 = the whole set
+                eval=dict(  # of the reconstructions, with each picture
+                    split="",  # part of the source that is held out; '' = training images
+                    images=64,  # how many
+                    metrics=("psnr", "ssim", "lpips"),  # and rfid
+                ),
                 train=_train_block(lr=3.6e-5, betas=(0.5, 0.9), picture_every=1000),
             ),
             denoiser=dict(

@@ -40,7 +40,7 @@ TOKENIZER = "tokenizer"
 NOT_WEIGHTS = ("denoiser.dropout", "denoiser.remat", "text.tokenizer")
 # What a first stage's weights depend on; how it was trained does not matter to who uses it.
 ARCHITECTURE = ("kind", "width", "mult", "depth", "attn_downsample", "mid_attn", "z_channels")
-ARCHITECTURE += ("channels", "codes", "patch", "norm_groups")
+ARCHITECTURE += ("channels", "codes", "levels", "patch", "norm_groups")
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict, allow_change: bool = False) -> None:

@@ -59,7 +59,14 @@ def test_differences_name_the_key_and_both_values():
         ({"sample.steps": 0}, "from 1 to 1000"),
         ({"train.batch_size": 0}, "at least 1"),
         ({"train.dtype": "float16"}, "choose from float32, bfloat16"),
-        ({"first_stage.kind": "gan"}, "choose from kl, vq, identity"),
+        ({"first_stage.kind": "gan"}, "choose from kl, vq, fsq, identity"),
+        ({"first_stage.levels": (8, 8)}, "kind='fsq' only"),
+        ({"first_stage.kind": "fsq"}, "must be 3 numbers"),
+        ({"first_stage.kind": "fsq", "first_stage.levels": (8, 1, 8)}, "at least 2"),
+        ({"first_stage.eval.metrics": ("fid",)}, "choose from psnr, ssim, lpips, rfid"),
+        ({"first_stage.codebook.rule": "mean"}, "choose from gradient, ema"),
+        ({"first_stage.codebook.reset": 2.0}, "at most 1"),
+        ({"first_stage.discriminator.warmup": -1}, "at least 0"),
         ({"first_stage.latent_scale": "big"}, "stored, first_batch"),
         ({"conditioners": ("caption",)}, "choose from label"),
         ({"conditioners": ("label",)}, "add 'label' to config.data.fields"),
@@ -89,6 +96,14 @@ def test_choices_are_what_the_parts_know(key, names):
     assert set(config_lib._CHOICES[key]) == set(names)
 
 
-def test_argument_other_than_smoke_is_refused():
-    with pytest.raises(UserError, match="'smoke'"):
+def test_unknown_argument_is_refused():
+    with pytest.raises(UserError, match="'smok': choose from modern, smoke"):
         config_lib.finish(config_lib.get_config(), "smok")
+
+
+def test_arguments_join_in_either_order():
+    one, other = (
+        config_lib.finish(config_lib.get_config(), arg) for arg in ("modern,smoke", "smoke,modern")
+    )
+    assert config_lib.to_json(one) == config_lib.to_json(other)
+    assert one.first_stage.codebook.rule == "ema" and one.data.resolution == 32

@@ -18,9 +18,9 @@ from ldm_jax.training.steps import diffusion_functions
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "imported")
-# One runs by default, a first stage with all its losses; class-conditional models run in
-# test_end_to_end.py, models with cross-attention in test_fine_tuning.py.
-DEFAULT = {"autoencoder_kl_f4"}
+# One runs by default, a first stage with all its losses and options; class-conditional models run
+# in test_end_to_end.py, models with cross-attention in test_fine_tuning.py.
+DEFAULT = {"autoencoder_vq_f4"}
 
 
 def load(path: pathlib.Path, arg: str = ""):
@@ -30,7 +30,7 @@ def load(path: pathlib.Path, arg: str = ""):
     return config_lib.check(module.get_config(arg))
 
 
-@pytest.mark.parametrize("arg", ["", "smoke"])
+@pytest.mark.parametrize("arg", ["", "smoke", "modern"])
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_builds(path, arg):
     config = load(path, arg)
@@ -52,9 +52,10 @@ def chosen(paths, default):
 
 @pytest.mark.parametrize("path", chosen([p for p in CONFIGS if trainable(p)], DEFAULT))
 def test_smoke_runs(path, tmp_path):
-    workdir = tmp_path / "run"
-    command("train", f"--config={path}:smoke", f"--workdir={workdir}")
-    if load(path).train.steps == 0:
+    workdir, alone = tmp_path / "run", load(path).train.steps == 0
+    arg = "modern,smoke" if alone else "smoke"
+    command("train", f"--config={path}:{arg}", f"--workdir={workdir}")
+    if alone:
         assert (workdir / "first_stage" / "weights.safetensors").is_file()
     else:
         assert (workdir / "samples" / "final.png").is_file()

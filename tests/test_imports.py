@@ -11,7 +11,7 @@ ROOT = pathlib.Path(ldm_jax.__file__).parent
 # In order: each part may import those before it, except its siblings in the same line.
 ORDER = (
     ("types", "errors"),
-    ("defaults",),
+    ("defaults", "published"),
     ("random", "images", "config", "tensors", "download"),
     ("nn", "data", "diffusion"),
     ("first_stage", "denoisers", "conditioners", "metrics"),
@@ -22,7 +22,8 @@ ORDER = (
     ("workdir",),
     ("convert",),
     ("weights",),
-    ("run", "sample", "__init__"),
+    ("judges",),
+    ("run", "sample", "evaluate", "__init__"),
     ("train",),
 )
 

@@ -10,6 +10,7 @@ from ldm_jax import config as config_lib
 from ldm_jax.convert.compvis_config import (
     AUTOENCODER_FIELDS,
     CLIP_VIT_L,
+    FIRST_STAGES,
     RESCALER_FIELDS,
     SCHEDULES,
     TRANSFORMER_FIELDS,
@@ -69,6 +70,8 @@ def _first_stage(config: ConfigDict) -> dict[str, Any]:
     c = config.first_stage
     if c.kind == "identity":
         return {"target": AUTOENCODERS + "IdentityFirstStage"}
+    if c.kind not in FIRST_STAGES.values():
+        raise UserError(f"the original code has no first stage of kind '{c.kind}'")
     for key, value in (("patch", 1), ("norm_groups", 32)):
         if c[key] != value:
             raise UserError(

@@ -217,7 +217,11 @@ def write_first_stage(config: ConfigDict, shift: float, scale: float) -> dict[st
         UserError: no class of diffusers can express it.
     """
     f = config.first_stage
-    name = {"kl": "AutoencoderKL", "vq": "VQModel"}[f.kind]
+    name = {"kl": "AutoencoderKL", "vq": "VQModel"}.get(f.kind)
+    if name is None:
+        raise UserError(
+            f"diffusers has no first stage of kind '{f.kind}': export to another format"
+        )
     fixed, _ = FIRST_STAGES[name]
     if f.patch != 1:
         raise UserError(

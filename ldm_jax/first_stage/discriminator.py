@@ -111,3 +111,15 @@ def discriminator_loss(
     if weights is None:
         return per_example.mean()
     return (weights * per_example).sum() / weights.sum()
+
+
+def lecam_loss(real: Array, generated: Array, averages: dict[str, Array]) -> Array:
+    """Holds the logits near the other side's running average: a scalar (Tseng et al. 2021, eq. 5).
+
+    Args:
+        real: logits (B, h, w, 1) of real images.
+        generated: of generated images.
+        averages: running means of both, 'real' and 'generated', scalars.
+    """
+    apart = jnp.square(real - averages["generated"]).mean()
+    return apart + jnp.square(generated - averages["real"]).mean()

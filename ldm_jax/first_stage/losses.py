@@ -42,13 +42,13 @@ def reconstruction_loss(
 
     The perceptual distance of an example is added to the error of each of its elements, and the
     sum e becomes e / exp(log_variance) + log_variance. 'kl' then sums over the elements of an
-    example, so that the KL term weighs far less than it looks, 'vq' averages (Rombach et al. 2022,
-    appendix G).
+    example, so that the KL term weighs far less than it looks, 'vq' and 'fsq' average (Rombach et
+    al. 2022, appendix G).
 
     Args:
         reconstruction: (B, H, W, 3).
         images: (B, H, W, 3) in [-1, 1].
-        kind: 'kl' or 'vq'.
+        kind: 'kl', 'vq' or 'fsq'.
         loss: of the pixels, 'l1' or 'l2'.
         perceptual: distance of a batch to its reconstruction; None leaves the term out.
         perceptual_weight: of that distance.
@@ -61,8 +61,8 @@ def reconstruction_loss(
     Raises:
         UserError: `kind` or `loss` is unknown.
     """
-    if kind not in ("kl", "vq"):
-        raise UserError(f"no training loss for a first stage of kind '{kind}': choose kl or vq")
+    if kind not in ("kl", "vq", "fsq"):
+        raise UserError(f"no training loss for a first stage of kind '{kind}': choose kl, vq, fsq")
     error = pixel_error(reconstruction, images, loss)
     metrics = {"reconstruction_mae": pixel_error(reconstruction, images, "l1").mean()}
     if perceptual is not None:
@@ -84,15 +84,17 @@ def regulariser(
 
     'kl': nats per example, averaged over the batch. 'vq': the codebook term, a mean over all
     elements; among the metrics the share of codes that the batch used and the perplexity of their
-    distribution, from 1 to the number of codes.
+    distribution, from 1 to the number of codes. 'fsq': no term, the same metrics.
     """
     if kind == "kl":
         kl = aux["kl"].mean()
         return kl_weight * kl, {"kl": kl, "kl_per_element": kl / aux["latents"][0].size}
-    codebook, counts = aux["codebook"].mean(), aux["code_counts"]
-    usage, perplexity = code_usage(counts)
-    metrics = {"codebook": codebook, "code_usage": usage, "code_perplexity": perplexity}
-    return codebook_weight * codebook, metrics
+    usage, perplexity = code_usage(aux["code_counts"])
+    metrics = {"code_usage": usage, "code_perplexity": perplexity}
+    if kind == "fsq":
+        return jnp.float32(0.0), metrics
+    codebook = aux["codebook"].mean()
+    return codebook_weight * codebook, metrics | {"codebook": codebook}
 
 
 def code_usage(counts: Array) -> tuple[Array, Array]:
@@ -102,9 +104,10 @@ def code_usage(counts: Array) -> tuple[Array, Array]:
     return (counts > 0).mean(), jnp.exp(entropy)
 
 
-def adversarial_factor(step: Array, start: int, factor: float = 1.0) -> Array:
-    """`factor` from step `start` on, 0 before: of the generator's and the discriminator's loss."""
-    return jnp.where(step < start, 0.0, factor)
+def adversarial_factor(step: Array, start: int, factor: float = 1.0, ramp: int = 0) -> Array:
+    """0 before step `start`, then `factor`, reached in a straight line of `ramp` steps."""
+    share = jnp.minimum(1.0, (step - start + 1) / (ramp + 1))
+    return jnp.where(step < start, 0.0, factor * share)
 
 
 def adaptive_weight(

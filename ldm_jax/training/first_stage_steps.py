@@ -12,7 +12,8 @@ import optax
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, images, random
-from ldm_jax.first_stage.discriminator import discriminator_loss, generator_loss
+from ldm_jax.first_stage import codebook as codebook_lib
+from ldm_jax.first_stage.discriminator import discriminator_loss, generator_loss, lecam_loss
 from ldm_jax.first_stage.losses import (
     adversarial_factor,
     output_loss,
@@ -20,9 +21,12 @@ from ldm_jax.first_stage.losses import (
     regulariser,
 )
 from ldm_jax.first_stage.lpips import LPIPS
+from ldm_jax.training.ema import ema_update
 from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array
+
+LECAM_DECAY = 0.99  # of the running means of the logits
 
 
 def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
@@ -41,21 +45,30 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         example = jnp.zeros((1, size, size, 3))
         params = {"first_stage": module.init(key, example, random.example_keys(key, 1))["params"]}
         stats = {}
+        if c.learn_log_variance:
+            params["observation"] = {"log_variance": jnp.float32(0.0)}
         if discriminator is not None:
             variables = discriminator.init(jax.random.fold_in(key, 1), example)
             params["discriminator"] = variables["params"]
             stats["discriminator"] = variables["batch_stats"]
+            if d.lecam > 0:
+                stats["logits"] = {"real": jnp.float32(0.0), "generated": jnp.float32(0.0)}
+        if c.kind == "vq":
+            stats["codebook"] = codebook_lib.start_averages(params["first_stage"]["codebook"])
         opt_state = {part: optimizer.init(tree) for part, tree in params.items()}
-        return TrainState(jnp.int32(0), params, {}, opt_state, stats)
+        ema = {"first_stage": params["first_stage"]} if c.ema_decay > 0 else {}
+        # Copies: the state is donated, and one buffer cannot be donated twice.
+        stats, ema = jax.tree.map(jnp.copy, (stats, ema))
+        return TrainState(jnp.int32(0), params, ema, opt_state, stats)
 
     def autoencode(params: Any, image: Array, keys: Array, dropout_key: Array):
-        """-> (reconstruction, weighted term of the bottleneck), metrics."""
+        """-> (reconstruction, weighted term of the bottleneck), (metrics, aux)."""
         reconstruction, aux = module.apply(
             {"params": params}, image, keys, train=True, rngs={"dropout": dropout_key}
         )
         weights = dict(kl_weight=c.kl_weight, codebook_weight=c.codebook_weight)
         term, metrics = regulariser(aux, kind=c.kind, **weights)
-        return (reconstruction, term), metrics
+        return (reconstruction, term), (metrics, aux)
 
     def likelihood(frozen: Any, image: Array, reconstruction: Array, log_variance: Array):
         perceptual = None
@@ -77,6 +90,20 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         logits, updated = discriminator.apply(variables, image, True, mutable=["batch_stats"])
         return logits, updated["batch_stats"]
 
+    def discriminate(params: Any, stats: dict[str, Any], image: Array, generated: Array):
+        """-> loss, (running statistics after this batch, metrics)."""
+        real, after = judge(params, stats["discriminator"], image)
+        generated, after = judge(params, after, generated)
+        loss, after = discriminator_loss(real, generated, d.loss), {"discriminator": after}
+        seen = {"logits_real": real.mean(), "logits_generated": generated.mean()}
+        metrics = seen | {"discriminator": loss}
+        if d.lecam > 0:
+            metrics["lecam"] = lecam_loss(real, generated, stats["logits"])
+            loss = loss + d.lecam * metrics["lecam"]
+            now = {"real": seen["logits_real"], "generated": seen["logits_generated"]}
+            after["logits"] = ema_update(stats["logits"], now, None, LECAM_DECAY)
+        return loss, (after, metrics)
+
     def step(
         state: TrainState, frozen: Any, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
@@ -84,58 +111,91 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         step_key = jax.random.fold_in(key, state.step)
         keys = random.fold_in(random.example_keys(step_key, image.shape[0]), 0)
         dropout_key = jax.random.fold_in(step_key, image.shape[0])
-        (reconstruction, term), pull, metrics = jax.vjp(
+        (reconstruction, term), pull, (metrics, aux) = jax.vjp(
             lambda params: autoencode(params, image, keys, dropout_key),
             state.params["first_stage"],
             has_aux=True,
         )
+        log_variance = jnp.float32(0.0)
+        if c.learn_log_variance:
+            log_variance = state.params["observation"]["log_variance"]
         error = functools.partial(likelihood, frozen, image)
-        grads, stats = {}, state.stats
+        grads, stats = {}, dict(state.stats)
         if discriminator is None:
-            value, grad, more = _without_discriminator(error, reconstruction)
+            value, out_grads, more = _without_discriminator(error, reconstruction, log_variance)
         else:
-            factor = adversarial_factor(state.step, d.start, d.factor)
             fixed = state.params["discriminator"], state.stats["discriminator"]
             output = output_loss(
                 reconstruction,
-                jnp.float32(0.0),
+                log_variance,
                 error,
                 lambda generated: generator_loss(judge(*fixed, generated)[0]),
                 lambda grad: pull((grad, jnp.zeros_like(term)))[0]["decoder"]["conv_out"]["kernel"],
                 weight=d.weight,
-                factor=factor,
+                factor=adversarial_factor(state.step, d.start + d.warmup, d.factor, d.ramp),
             )
-            value, grad, more = output.value, output.reconstruction_grad, output.metrics
-
-            def discriminate(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
-                real, after = judge(params, fixed[1], image)
-                generated, after = judge(params, after, reconstruction)
-                loss = discriminator_loss(real, generated, d.loss)
-                seen = {"logits_real": real.mean(), "logits_generated": generated.mean()}
-                return factor * loss, (after, seen | {"discriminator": loss})
-
-            grads["discriminator"], (after, seen) = jax.grad(discriminate, has_aux=True)(fixed[0])
-            stats, more = {"discriminator": after}, more | seen
+            value, *out_grads, more = output
+            grads["discriminator"], (after, seen) = jax.grad(discriminate, has_aux=True)(
+                fixed[0], state.stats, image, reconstruction
+            )
+            learns = adversarial_factor(state.step, d.start, d.factor)
+            grads["discriminator"] = jax.tree.map(lambda g: learns * g, grads["discriminator"])
+            stats, more = stats | after, more | seen
             more["discriminator_grad_norm"] = optax.global_norm(grads["discriminator"])
-        grads["first_stage"] = pull((grad, jnp.ones_like(term)))[0]
+        grads["first_stage"] = pull((out_grads[0], jnp.ones_like(term)))[0]
+        if c.learn_log_variance:
+            grads["observation"] = {"log_variance": out_grads[1]}
+            more["log_variance"] = log_variance
 
         params, opt_state = {}, {}
         for part, tree in state.params.items():
             updates, opt_state[part] = optimizer.update(grads[part], state.opt_state[part], tree)
             params[part] = optax.apply_updates(tree, updates)
-        new = TrainState(state.step + 1, params, state.ema_params, opt_state, stats)
+        if c.kind == "vq":
+            reset_key = jax.random.fold_in(step_key, image.shape[0] + 1)
+            codebook, stats["codebook"] = _tend(
+                c.codebook, params["first_stage"]["codebook"], stats["codebook"], aux, reset_key
+            )
+            params["first_stage"] = params["first_stage"] | {"codebook": codebook}
+            more["codes_alive"] = codebook_lib.share_alive(stats["codebook"])
+        ema = state.ema_params
+        if c.ema_decay > 0:
+            trained = {"first_stage": params["first_stage"]}
+            ema = ema_update(ema, trained, state.step + 1, c.ema_decay)
+        new = TrainState(state.step + 1, params, ema, opt_state, stats)
         shared = shared_metrics(rate, state.step, grads["first_stage"])
         return new, {"loss": value + term, **metrics, **more, **shared}
 
     return init, step
 
 
-def _without_discriminator(error: Any, reconstruction: Array) -> tuple[Array, Array, Metrics]:
-    """The mean error, its gradient with respect to the reconstruction, and metrics."""
+def trained_weights(state: TrainState) -> Any:
+    """The first stage's weights that are kept: the averaged ones, if there are any."""
+    return state.ema_params.get("first_stage", state.params["first_stage"])
 
-    def mean(reconstruction: Array) -> tuple[Array, Metrics]:
-        per_example, metrics = error(reconstruction, jnp.float32(0.0))
+
+def _tend(
+    c: ConfigDict, codebook: Array, averages: codebook_lib.Averages, aux: Metrics, key: Array
+) -> tuple[Array, codebook_lib.Averages]:
+    """What happens to a codebook (K, C) beside its gradient, as `first_stage.codebook` says."""
+    averages = codebook_lib.update_averages(averages, aux["latents"], aux["codes"], c.decay)
+    if c.rule == "ema":
+        codebook = codebook_lib.averaged_codebook(averages, codebook)
+    if c.reset > 0:
+        latents = aux["latents"]
+        codebook, averages = codebook_lib.reset_unused(codebook, averages, latents, key, c.reset)
+    return codebook, averages
+
+
+def _without_discriminator(
+    error: Any, reconstruction: Array, log_variance: Array
+) -> tuple[Array, tuple[Array, Array], Metrics]:
+    """The mean error, its gradients with respect to both arguments, and metrics."""
+
+    def mean(reconstruction: Array, log_variance: Array) -> tuple[Array, Metrics]:
+        per_example, metrics = error(reconstruction, log_variance)
         return per_example.mean(), metrics
 
-    (value, metrics), grad = jax.value_and_grad(mean, has_aux=True)(reconstruction)
-    return value, grad, metrics
+    run = jax.value_and_grad(mean, argnums=(0, 1), has_aux=True)
+    (value, metrics), grads = run(reconstruction, log_variance)
+    return value, grads, metrics

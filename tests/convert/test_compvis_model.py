@@ -49,6 +49,7 @@ def test_what_the_original_cannot_build_is_refused(name):
     [
         (dict(first_stage=VQ, denoiser=UNET, diffusion=dict(predict="v")), "no v-prediction"),
         (dict(first_stage=VQ | dict(patch=2), denoiser=UNET), "patch is 2"),
+        (dict(first_stage=VQ | dict(kind="fsq", levels=(5, 5, 5)), denoiser=UNET), "kind 'fsq'"),
     ],
 )
 def test_settings_that_the_original_lacks_are_refused(blocks, message):

@@ -271,6 +271,8 @@ def test_what_else_they_cannot_hold_is_refused():
         write(make_config(dict(first_stage=VQ | z)), 0, 1)
     with pytest.raises(UserError, match="patch=2"):
         write(make_config(dict(first_stage=VQ | dict(patch=2))), 0, 1)
+    with pytest.raises(UserError, match="kind 'fsq'"):
+        write(make_config(dict(first_stage=VQ | dict(kind="fsq", levels=(5, 5, 5)))), 0, 1)
     with pytest.raises(UserError, match=r"shift 0\.5"):
         write(make_config(dict(first_stage=VQ)), 0.5, 1)
     with pytest.raises(UserError, match="scales each on its own"):

@@ -9,6 +9,7 @@ import pytest
 from golden_utils import load, quick_jit
 
 from ldm_jax.convert import compvis
+from ldm_jax.first_stage import vq
 from ldm_jax.first_stage.vq import VQModel, codebook_init, nearest_codes, quantise
 
 FIXTURES = ["ae_vq_f4", "ae_vq_f8"]
@@ -124,3 +125,15 @@ def test_codebook_starts_uniform():
     codebook = np.asarray(codebook_init(jax.random.key(0), (512, 4)))
     assert np.abs(codebook).max() <= 1 / 512
     np.testing.assert_allclose(codebook.std(), 1 / 512 / np.sqrt(3), rtol=0.05)
+
+
+@pytest.mark.parametrize("most", [1, 7 * 13, 7 * 40, 2**26])
+def test_nearest_codes_do_not_depend_on_the_memory_they_may_use(most, monkeypatch):
+    monkeypatch.setattr(vq, "MOST_DISTANCES", most)
+    keys = jax.random.split(jax.random.key(0))
+    z, codebook = jax.random.normal(keys[0], (7, 3)), jax.random.normal(keys[1], (40, 3))
+    codebook = codebook.at[30].set(codebook[2])  # of two equal ones the first counts
+    z = z.at[0].set(codebook[2])
+    wanted = jnp.square(z[:, None] - codebook[None]).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(nearest_codes(z, codebook), wanted)
+    assert wanted[0] == 2
