@@ -1,4 +1,4 @@
-"""What checks, shrinks, reads and writes a config.
+"""What shrinks, reads and writes a config; what checks it is in checks.py.
 
 A config file is a short function over `get_config()` (in defaults.py): it only says what differs.
 The default is locked, so a misspelt key raises, in the file as well as on the command line
@@ -7,29 +7,26 @@ The default is locked, so a misspelt key raises, in the file as well as on the c
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldm_jax.checks import (
+    FIELDS,
+    METRICS,
+    MOST_LEVELS,
+    check,
+    downsampling,
+    flatten,
+    has_null,
+    suggest,
+)
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 from ldm_jax.published import use_first_stage
 
-__all__ = ["get_config", "use_first_stage"]  # where config files start
-
-DTYPES = ("float32", "bfloat16")
-# The batch fields that each conditioner reads.
-FIELDS = {
-    "label": ("label",),
-    "text": ("tokens",),
-    "layout": ("boxes",),
-    "segmentation": ("segmentation",),
-    "low_res": ("low_res",),
-    "inpainting": ("masked_image", "mask"),
-}
+__all__ = ["FIELDS", "METRICS", "MOST_LEVELS", "check", "downsampling", "flatten", "get_config"]
+__all__ += ["has_null", "use_first_stage"]
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -100,12 +97,6 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     return config
 
 
-def downsampling(config: ConfigDict) -> int:
-    """Pixels per latent along one side, 1 for the identity first stage."""
-    c = config.first_stage
-    return 1 if c.kind == "identity" else c.patch * 2 ** (len(c.mult) - 1)
-
-
 def latent_size(config: ConfigDict) -> int:
     """Side of the latents at the training resolution."""
     return config.data.resolution // downsampling(config)
@@ -114,17 +105,6 @@ def latent_size(config: ConfigDict) -> int:
 def latent_channels(config: ConfigDict) -> int:
     """Channels of the latents; 3 for pixels."""
     return 3 if config.first_stage.kind == "identity" else config.first_stage.channels
-
-
-def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Returns {'data.source': ..., ...}; tuples become lists, as JSON knows no tuples."""
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, (ConfigDict, dict)):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def to_json(config: ConfigDict) -> str:
@@ -146,7 +126,7 @@ def from_json(text: str) -> ConfigDict:
         raise UserError(f"not a config written by ldm_jax: {error}") from error
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"unknown config key '{key}'{_suggest(key, known)}")
+            raise UserError(f"unknown config key '{key}'{suggest(key, known)}")
         if isinstance(known[key], list) and isinstance(value, list):
             value = tuple(value)
         try:
@@ -165,257 +145,6 @@ def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in keys]
 
 
-def _suggest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f": did you mean '{close[0]}'?" if close else ""
-
-
-def check(config: ConfigDict) -> ConfigDict:
-    """Refuses a config that cannot work, with the key and the rule in one line.
-
-    Raises:
-        UserError: unknown or missing keys, a wrong type, or values that do not fit each other.
-    """
-    default, flat = flatten(get_config()), flatten(config)
-    for key, value in flat.items():
-        if key not in default:
-            raise UserError(f"unknown config key '{key}'{_suggest(key, default)}")
-        if type(value) is not type(default[key]):
-            want = type(default[key]).__name__.replace("list", "tuple")
-            raise UserError(f"config.{key} is {value!r}, but must be of type {want}")
-    for key in default.keys() - flat.keys():
-        raise UserError(f"config.{key} is missing: start from ldm_jax.config.get_config()")
-    _check_tuples(flat)
-    _check_choices(flat)
-    for key, value in flat.items():
-        name = key.split(".")[-1]
-        low = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO | _SHARES else None
-        if low is not None and value < low:
-            raise UserError(f"config.{key} is {value}, but must be at least {low}")
-        most = _AT_MOST.get(key, _AT_MOST.get(name))
-        if most is not None and value > most:
-            raise UserError(f"config.{key} is {value}, but must be at most {most}")
-        if any(type(x) is float and not math.isfinite(x) for x in _listed(value)):
-            raise UserError(f"config.{key} is {value}, but must be finite")
-    for key, groups in (
-        ("first_stage.width", flat["first_stage.norm_groups"]),
-        ("denoiser.width", 32),
-    ):
-        if flat[key] % groups:
-            raise UserError(f"config.{key} is {flat[key]}, but must be a multiple of {groups}")
-    _check_sizes(config)
-    return config
-
-
-_AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
-_AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
-_AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim", "images"}
-_AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
-_AT_LEAST_ZERO = {
-    "steps",
-    "warmup_steps",
-    "decay_steps",
-    "grad_clip",
-    "picture_every",
-    "stats_images",
-    "stages",
-    "num_heads",
-    "pad_token",
-    "eta",
-    "lr",
-    "start",
-    "warmup",
-    "ramp",
-    "lecam",
-    "factor",
-    "weight",
-    "kl_weight",
-    "codebook_weight",
-    "perceptual_weight",
-}
-_SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta", "lr_start", "lr_end"}
-_SHARES |= {"decay", "reset"}
-# Far above what any model has; anything larger is a mistake that would take all time or memory.
-MOST_LEVELS = 10
-MOST_BLOCKS = 500
-MOST_CODES = 2**24
-_AT_MOST = dict.fromkeys(_SHARES, 1) | {"stages": MOST_LEVELS, "patch": 64}
-_AT_MOST |= dict.fromkeys(("depth", "transformer_depth"), 100) | {"mlp_width": 2**18}
-_AT_MOST |= dict.fromkeys(("width", "channels", "z_channels", "norm_groups"), 2**16)
-_AT_MOST |= dict.fromkeys(("heads", "num_heads", "head_dim", "length", "resolution"), 2**16)
-_AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), MOST_CODES)
-_AT_MOST |= {"diffusion.steps": 10**6}
-_PAIRS = {"betas", "beta"}
-_NAMES = {"fields", "conditioners", "metrics"}
-METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
-_SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
-_CHOICES = {
-    "data.crop": ("center", "random"),
-    "first_stage.kind": ("kl", "vq", "fsq", "identity"),
-    "first_stage.loss": ("l1", "l2"),
-    "first_stage.discriminator.loss": ("hinge", "vanilla"),
-    "first_stage.codebook.rule": ("gradient", "ema"),
-    "first_stage.train.dtype": DTYPES,
-    "train.dtype": DTYPES,
-    "first_stage.train.optimizer": ("adamw", "muon"),
-    "train.optimizer": ("adamw", "muon"),
-    "first_stage.train.lr_decay": ("constant", "cosine", "linear"),
-    "train.lr_decay": ("constant", "cosine", "linear"),
-    "label.slot": ("context", "vector"),
-    "text.encoder": ("bert", "clip", "sentence"),
-    "text.activation": ("gelu", "quick_gelu"),
-    "diffusion.schedule": ("scaled_linear", "linear", "cosine", "sqrt"),
-    "diffusion.predict": ("eps", "x0", "v"),
-    "diffusion.loss": ("l2", "l1"),
-    "sample.sampler": ("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_3m", "euler", "heun"),
-    "sample.spacing": _SPACINGS,
-}
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _check_tuples(flat: dict[str, Any]) -> None:
-    for key, value in flat.items():
-        if not isinstance(value, list):
-            continue
-        if len(value) > MOST_LEVELS:
-            raise UserError(
-                f"config.{key} has {len(value)} values, but at most {MOST_LEVELS} can be"
-            )
-        name = key.split(".")[-1]
-        kind = float if name in _PAIRS else str if name in _NAMES else int
-        if any(type(x) is not kind and not (kind is float and type(x) is int) for x in value):
-            raise UserError(f"config.{key} is {tuple(value)}, but must hold {kind.__name__}s")
-        if name in _PAIRS and len(value) != 2:
-            raise UserError(f"config.{key} is {tuple(value)}, but must be two numbers")
-        if name == "mult" and (not value or min(value) < 1 or max(value) > 64):
-            raise UserError(f"config.{key} is {tuple(value)}, but needs 1 to 64 per level")
-    read = {field for name in flat["conditioners"] for field in FIELDS.get(name, ())}
-    for field in flat["data.fields"]:
-        if field not in read:
-            raise UserError(f"config.data.fields has '{field}', but no conditioner reads it")
-
-
-def _check_choices(flat: dict[str, Any]) -> None:
-    for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            raise UserError(f"config.{key} is '{flat[key]}': choose from {', '.join(choices)}")
-    rule = flat["first_stage.latent_scale"]
-    if rule not in ("stored", "first_batch", "scalar", "channel"):
-        try:
-            valid = float(rule) > 0
-        except ValueError:
-            valid = False
-        if not valid:
-            raise UserError(
-                f"config.first_stage.latent_scale is '{rule}': choose from stored, first_batch, "
-                "scalar, channel or a positive number"
-            )
-    for name in flat["first_stage.eval.metrics"]:
-        if name not in METRICS:
-            known = ", ".join(METRICS)
-            raise UserError(f"config.first_stage.eval.metrics names '{name}': choose from {known}")
-    for name in flat["conditioners"]:
-        if name not in FIELDS:
-            known = ", ".join(FIELDS)
-            raise UserError(f"config.conditioners names '{name}': choose from {known}")
-
-
-def _check_levels(c: ConfigDict) -> None:
-    """Checks the values per channel of rounded latents."""
-    levels, channels = tuple(c.first_stage.levels), c.first_stage.channels
-    if c.first_stage.kind != "fsq":
-        if levels:
-            raise UserError("config.first_stage.levels are for first_stage.kind='fsq' only")
-        return
-    if len(levels) != channels or min(levels) < 2 or math.prod(levels) > MOST_CODES:
-        raise UserError(
-            f"config.first_stage.levels is {levels}, but must be {channels} numbers "
-            f"(first_stage.channels) of at least 2, with a product of at most {MOST_CODES}"
-        )
-
-
-def _check_sizes(c: ConfigDict) -> None:
-    """Checks the values that only make sense together."""
-    _check_levels(c)
-    for name in ("first_stage", "denoiser"):
-        blocks = len(c[name].mult) * c[name].depth * c[name].get("transformer_depth", 1)
-        if blocks > MOST_BLOCKS:
-            raise UserError(
-                f"config.{name} has {blocks} blocks (levels * depth * transformer_depth), but at "
-                f"most {MOST_BLOCKS} can be"
-            )
-    if not 0 < c.diffusion.beta[0] <= c.diffusion.beta[1] < 1:
-        raise UserError(
-            f"config.diffusion.beta is {c.diffusion.beta}, but must be 0 < first <= last < 1"
-        )
-    size, f = c.data.resolution, downsampling(c)
-    unet = 2 ** (len(c.denoiser.mult) - 1)
-    if size % (f * unet):
-        raise UserError(
-            f"config.data.resolution is {size}, but the first stage divides it by {f} and the "
-            f"denoiser by another {unet}: choose a multiple of {f * unet}"
-        )
-    if c.sample.steps < 1 or c.sample.steps > c.diffusion.steps:
-        raise UserError(
-            f"config.sample.steps is {c.sample.steps}: choose from 1 to {c.diffusion.steps}"
-        )
-    for name in c.conditioners:
-        for field in FIELDS[name]:
-            if field not in c.data.fields:
-                raise UserError(
-                    f"config.conditioners has '{name}': add '{field}' to config.data.fields too"
-                )
-    _check_conditions(c)
-    if c.data.cache_latents and c.data.crop != "center":
-        raise UserError("config.data.cache_latents needs config.data.crop='center'")
-
-
-def _check_conditions(c: ConfigDict) -> None:
-    """Checks that the slots which the conditioners fill are those that the denoiser reads."""
-    vector = "label" in c.conditioners and c.label.slot == "vector"
-    if vector and c.label.width != 4 * c.denoiser.width:
-        raise UserError(
-            f"config.label.width is {c.label.width}, but slot 'vector' needs "
-            f"4 * denoiser.width = {4 * c.denoiser.width}"
-        )
-    givers = [name for name in c.conditioners if name in ("label", "text", "layout")]
-    givers = [name for name in givers if not (name == "label" and vector)]
-    if givers and not c.denoiser.cross_attention:
-        hint = ", or use label.slot='vector'" if givers == ["label"] else ""
-        raise UserError(
-            f"the conditioner '{givers[0]}' gives a context, but config.denoiser.cross_attention "
-            f"is False: set it{hint}"
-        )
-    if c.denoiser.cross_attention and not givers:
-        raise UserError(
-            "config.denoiser.cross_attention is set, but no conditioner gives a context"
-        )
-    if "segmentation" in c.conditioners and 2**c.segmentation.stages != downsampling(c):
-        raise UserError(
-            f"config.segmentation.stages is {c.segmentation.stages}, which shrinks the map by "
-            f"{2**c.segmentation.stages}, but the first stage shrinks images by {downsampling(c)}"
-        )
-    if "text" in c.conditioners and c.text.encoder == "bert":
-        if c.text.mlp_width != 4 * c.text.width:
-            raise UserError(
-                f"config.text.mlp_width is {c.text.mlp_width}, but encoder 'bert' has "
-                f"4 * text.width = {4 * c.text.width}"
-            )
-    if "text" in c.conditioners and len(c.text.null_tokens) > c.text.length:
-        raise UserError(
-            f"config.text.null_tokens has {len(c.text.null_tokens)} tokens, but text.length is "
-            f"{c.text.length}"
-        )
-    if c.cond_drop_rate > 0 and not has_null(c):
-        raise UserError(
-            "config.cond_drop_rate needs a null condition: set config.label.null or "
-            "config.text.null_tokens, and use no conditioner without one"
-        )
-
-
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
     """Names, among the conditioner's params, of the parts that are not trained.
 
@@ -426,9 +155,3 @@ def frozen_parts(config: ConfigDict) -> tuple[str, ...]:
         for i, name in enumerate(config.conditioners)
         if name == "text" and config.text.encoder in ("clip", "sentence")
     )
-
-
-def has_null(config: ConfigDict) -> bool:
-    """Tells whether every conditioner has a null condition, so that guidance is possible."""
-    null = {"label": config.label.null, "text": bool(config.text.null_tokens)}
-    return bool(config.conditioners) and all(null.get(name, False) for name in config.conditioners)

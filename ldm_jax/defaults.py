@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
                     warmup=0,  # steps from `start` on in which only the discriminator learns
                     ramp=0,  # steps after these in which the adversarial term rises to its weight
                     lecam=0.0,  # of the LeCam regulariser of its logits; 0 = none
+                    lr=0.0,  # of its AdamW; 0 = that of the autoencoder, or a fifth of muon's
                     loss="hinge",  # hinge | vanilla
                     layers=3,  # of stride 2
                     width=64,  # channels of the first layer

@@ -12,6 +12,8 @@ from PIL import Image
 
 from ldm_jax.types import Array
 
+AMPLIFICATION = 4  # of differences that are shown
+
 
 def to_float(images: np.ndarray | Array) -> np.ndarray | Array:
     """Maps uint8 (..., 3) to float32 in [-1, 1]; NumPy gives NumPy, JAX gives JAX."""
@@ -50,6 +52,27 @@ def pairs_grid(
     """A grid that shows each sample with its neighbour, both (N, H, W, 3) uint8, below it."""
     pairs = np.concatenate([samples, neighbours], axis=1)
     return make_grid(pairs, columns, padding)
+
+
+def reconstruction_grid(
+    images: np.ndarray, reconstructions: np.ndarray, columns: int | None = None, padding: int = 4
+) -> np.ndarray:
+    """A grid of images, their reconstructions below them, and the differences below these.
+
+    Both are (N, H, W, 3) uint8; the differences are those of `show_difference`.
+    """
+    shown = show_difference(images, reconstructions)
+    return make_grid(np.concatenate([images, reconstructions, shown], axis=1), columns, padding)
+
+
+def show_difference(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """reconstruction - image, 4 times amplified around mid-grey; all are uint8 of one shape.
+
+    A channel is at 128 where the two are equal, brighter where the reconstruction is, and saturated
+    from 32 levels of difference on.
+    """
+    difference = reconstructions.astype(np.int16) - images
+    return np.clip(128 + AMPLIFICATION * difference, 0, 255).astype(np.uint8)
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from ldm_jax import fields as fields_lib
 from ldm_jax.diffusion import samplers
 from ldm_jax.diffusion.guidance import make_denoise
 from ldm_jax.errors import UserError
+from ldm_jax.first_stage.tiled import Memory, Progress, TiledFirstStage, check_sides
 from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
@@ -64,6 +65,12 @@ class Pipeline:
         self._decode_jit = jax.jit(self._decode)
         self._denoise_jit = jax.jit(self._denoise)
         self._condition_jit = jax.jit(self._condition)
+        self._tiled = TiledFirstStage(
+            self._encode_jit,
+            self._decode_jit,
+            config_lib.downsampling(config),
+            config_lib.latent_channels(config),
+        )
 
     # -- sampling -------------------------------------------------------------------------------
 
@@ -279,30 +286,53 @@ class Pipeline:
 
     # -- the parts on their own -----------------------------------------------------------------
 
-    def encode(self, pixels: Any) -> Array:
+    def encode(
+        self, pixels: Any, tile: int | None = None, *, progress: Progress | None = None
+    ) -> Array | np.ndarray:
         """Encodes images to scaled latents (B, h, w, C), at the mode of the posterior.
 
         Args:
             pixels: (B, H, W, 3) uint8, or float32 in [-1, 1]; sides that the first stage divides.
-        """
-        pixels = np.asarray(pixels)
-        factor = config_lib.downsampling(self.config)
-        if pixels.ndim != 4 or pixels.shape[-1] != 3:
-            raise UserError(f"images have the shape {pixels.shape}, but must be (B, H, W, 3)")
-        if pixels.shape[1] % factor or pixels.shape[2] % factor:
-            raise UserError(
-                f"images of {pixels.shape[1]}x{pixels.shape[2]}: the first stage needs multiples "
-                f"of {factor}"
-            )
-        if pixels.dtype != np.uint8:
-            pixels = pixels.astype(np.float32)
-        self._need("first_stage")
-        return self._encode_jit(self.variables, pixels)
+            tile: None encodes all images at once. The side of a tile in pixels, e.g. 512, encodes
+                tile after tile, in the memory of one, and blends them where they overlap (by a
+                quarter of a tile); the result is then a NumPy array.
+            progress: called with the numbers of done and of all tiles, after each.
 
-    def decode(self, latents: Any) -> Array:
-        """Decodes scaled latents (B, h, w, C) to images (B, H, W, 3) float32 in [-1, 1]."""
+        Raises:
+            UserError: no first stage, or images or a tile that it cannot take.
+        """
         self._need("first_stage")
-        return jnp.clip(self._decode_jit(self.variables, jnp.asarray(latents, jnp.float32)), -1, 1)
+        pixels = _check_pixels(pixels, self._tiled.factor)
+        if tile is None:
+            return self._encode_jit(self.variables, pixels)
+        return self._tiled.encode(self.variables, pixels, tile, progress)
+
+    def decode(
+        self, latents: Any, tile: int | None = None, *, progress: Progress | None = None
+    ) -> Array | np.ndarray:
+        """Decodes scaled latents (B, h, w, C) to images (B, H, W, 3) float32 in [-1, 1].
+
+        `tile`, in pixels of the images, and `progress` are those of `encode`; so are the errors.
+        """
+        self._need("first_stage")
+        shape, channels = np.shape(latents), self._tiled.channels
+        if len(shape) != 4 or shape[-1] != channels or 0 in shape:
+            raise UserError(f"latents have the shape {shape}, but must be (B, h, w, {channels})")
+        if tile is None:
+            latents = jnp.asarray(latents, jnp.float32)
+            return jnp.clip(self._decode_jit(self.variables, latents), -1, 1)
+        latents = np.asarray(latents, np.float32)
+        decoded = self._tiled.decode(self.variables, latents, tile, progress)
+        return np.clip(decoded, -1, 1, out=decoded)
+
+    def memory(self, height: int, width: int, tile: int | None = None) -> Memory:
+        """Bytes that encoding and decoding one uint8 image takes at most; runs nothing.
+
+        `tile` as in `encode`; None counts a tile as large as the image. Raises UserError likewise.
+        """
+        self._need("first_stage")
+        check_sides(height, width, self._tiled.factor)
+        return self._tiled.memory(self.variables, height, width, tile)
 
     def denoise(self, z_t: Any, t: Any, cond: Condition | None = None) -> Array:
         """Returns the raw network output (B, h, w, C) at z_t (B, h, w, C) and t (B,) int32.
@@ -334,3 +364,22 @@ def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
     if seeds.min() < 0 or seeds.max() >= 2**32:
         raise UserError("seeds must lie in 0 to 4294967295")
     return seeds.astype(np.uint32)
+
+
+def _check_pixels(pixels: Any, factor: int) -> np.ndarray:
+    """Returns uint8 or finite float32 images with sides that `factor` divides, or raises."""
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise UserError(
+            f"images have the shape {pixels.shape}, but must be (B, H, W, 3): "
+            "ldm_jax.data.decode.decode_image makes RGB of any file"
+        )
+    check_sides(*pixels.shape[1:3], factor)
+    if pixels.dtype == np.uint8:
+        return pixels
+    if not jnp.issubdtype(pixels.dtype, jnp.floating):
+        raise UserError(f"images are {pixels.dtype}, but must be uint8, or float32 in [-1, 1]")
+    pixels = pixels.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise UserError("images hold NaN or infinite values: give uint8, or float32 in [-1, 1]")
+    return pixels

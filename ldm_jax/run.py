@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
@@ -23,16 +22,17 @@ from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.transforms import CachedTransform
 from ldm_jax.diffusion.samplers import make_table, nearest_eta
 from ldm_jax.errors import UserError
-from ldm_jax.first_stage.lpips import LPIPS
+from ldm_jax.judges import Judges, first_stage_judges
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.training import latents as latents_lib
-from ldm_jax.training.first_stage_steps import first_stage_functions
+from ldm_jax.training.alarms import first_stage_alarms
+from ldm_jax.training.evaluation import evaluation_batches, evaluator
+from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts
-from ldm_jax.training.loop import Stage, fit
-from ldm_jax.training.sharding import check_batch, make_mesh
+from ldm_jax.training.loop import Picture, Stage, fit
+from ldm_jax.training.sharding import check_batch, make_mesh, replicated
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
-from ldm_jax.weights import load_lpips
 
 COMPARED_IMAGES = 20_000  # at most so many training images are searched for nearest neighbours
 
@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     config_lib.check(config)
     begin, mesh = time.perf_counter(), make_mesh()
     source = open_data(config, workdir)
-    _check_parts(config, workdir, mesh)
+    judges = _check_parts(config, workdir, source, mesh)
     files.claim(workdir, config, allow_config_change)
     if "label" in config.data.fields and source.label_names:
         files.write_labels(workdir, source.label_names)
@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
         files.copy_tokenizer(folder, workdir / files.TOKENIZER)
     with Interrupts() as interrupts:
         job = _Run(config, workdir, source, mesh, interrupts)
-        frozen = job.first_stage()
+        frozen = job.first_stage(judges)
         if config.train.steps == 0:
             print(f"\nDone: the first stage is in {workdir / 'first_stage'}")
             return
@@ -69,15 +69,20 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
 
 
-def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
-    """Refuses, before anything is written, what would only fail hours later."""
+def _check_parts(
+    config: ConfigDict, workdir: pathlib.Path, source: Source, mesh: jax.sharding.Mesh
+) -> Judges | None:
+    """Refuses, before anything is written, what would only fail hours later.
+
+    Returns what a first stage that is to be trained is judged by.
+    """
     check_batch(config.train.batch_size, mesh, "train.batch_size")
     if (workdir / files.WEIGHTS).is_file():
         raise UserError(
             f"{workdir} holds an imported model: choose another --workdir, and "
             f"--config=configs/imported.py:{workdir} to start from its weights"
         )
-    given = config.first_stage.weights
+    judges, given = None, config.first_stage.weights
     if (workdir / "first_stage" / files.WEIGHTS).is_file():
         files.open_first_stage(workdir, config)  # not read yet: names and shapes
     elif given:
@@ -85,7 +90,7 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
     elif config.first_stage.kind != "identity":
         block = config.first_stage.train
         check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
-        perceptual_weights(config)
+        judges = first_stage_judges(config, source)
         jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
         d = config.first_stage.discriminator
         if d.weight > 0 and d.start >= block.steps:
@@ -93,8 +98,13 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
                 f"note: the discriminator starts at step {d.start}, but the first stage ends at "
                 f"{block.steps}: the adversarial term is never used"
             )
-    if config.train.steps == 0:
-        return  # a first stage only
+    if config.train.steps > 0:
+        _check_diffusion(config, workdir)
+    return judges
+
+
+def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Refuses what only the second stage would find."""
     if not files.has_checkpoint(workdir):
         start = {}
         if config.init_from:
@@ -114,21 +124,6 @@ def _check_parts(config: ConfigDict, workdir: pathlib.Path, mesh: jax.sharding.M
             "use 1, or a conditioner with one"
         )
     jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
-
-
-def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
-    """Returns {'lpips': params} if the first stage trains with a perceptual term, else {}.
-
-    Raises:
-        UserError: there are no such weights; says how to get them.
-    """
-    c = config.first_stage
-    if c.perceptual_weight == 0:
-        return {}
-    if c.lpips == "random":
-        image = jnp.zeros((1, 16, 16, 3))
-        return {"lpips": jax.jit(LPIPS().init)(jax.random.key(0), image, image)["params"]}
-    return {"lpips": load_lpips(c.lpips)}
 
 
 def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
@@ -170,7 +165,7 @@ class _Run:
 
     # -- first stage ----------------------------------------------------------------------------
 
-    def first_stage(self) -> dict[str, Any]:
+    def first_stage(self, judges: Judges | None) -> dict[str, Any]:
         """Returns the variables of the first stage: trained before, given, or trained now."""
         config, directory = self.config, self.workdir / "first_stage"
         if (directory / files.WEIGHTS).is_file():
@@ -182,59 +177,69 @@ class _Run:
                 "latents": {"shift": np.zeros(3, np.float32), "scale": np.ones(3, np.float32)}
             }
         else:
-            frozen = self._train_first_stage(directory)
-        frozen = self._measure(frozen)
-        files.save_first_stage(directory, config, jax.device_get(frozen))
+            frozen = self._train_first_stage(directory, judges)
+        frozen, record = self._measure(frozen)
+        files.save_first_stage(directory, config, jax.device_get(frozen), record)
         return frozen
 
-    def _train_first_stage(self, directory: pathlib.Path) -> dict[str, Any]:
-        config = self.config
-        module = builders.build_first_stage(config)
+    def _train_first_stage(self, directory: pathlib.Path, judges: Judges) -> dict[str, Any]:
+        config, block = self.config, self.config.first_stage.train
         init, step = first_stage_functions(config)
-        examples = self._examples(min(8, len(self.source)))
+        networks = jax.device_put(judges.networks, replicated(self.mesh))
+        evaluate = evaluator(config, config.first_stage.eval.metrics, networks, self.mesh)
 
-        @jax.jit
-        def reconstruct(variables: dict[str, Any], image: jax.Array) -> jax.Array:
-            moments = module.apply(variables, images.to_float(image), method="moments")
-            latents = module.apply(variables, moments, method="mode")
-            return images.to_uint8(module.apply(variables, latents, method="decode"))
-
-        def picture(state: TrainState, number: int) -> pathlib.Path:
+        def picture(state: TrainState, number: int) -> Picture:
+            batches = evaluation_batches(
+                config, judges.images, block.batch_size, self.mesh, config.first_stage.eval.images
+            )
+            found = evaluate(
+                self._variables(state),
+                batches,
+                lambda done: self.interrupts.check("while evaluating the first stage"),
+            )
             path = directory / "reconstructions" / f"step_{number:07d}.png"
-            decoded = np.asarray(reconstruct(self._variables(state), examples))
-            images.save_png(path, images.pairs_grid(examples, decoded))
-            return path
+            images.save_png(path, found.grid())
+            return Picture(path, {f"eval_{name}": value for name, value in found.scalars.items()})
 
-        frozen = perceptual_weights(config)
-        block = config.first_stage.train
-        stage = Stage("first stage", directory, block, init, step, frozen, picture)
+        stage = Stage(
+            "first stage",
+            directory,
+            block,
+            init,
+            step,
+            {"lpips": networks["lpips"]} if config.first_stage.perceptual_weight > 0 else {},
+            picture,
+            picture_at_end=True,
+            alarms=lambda scalars: first_stage_alarms(scalars, config),
+        )
         return self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         """A trained first stage's variables, with latents that are not scaled yet."""
-        return {"params": state.params["first_stage"], "latents": self._unscaled()}
+        return {"params": trained_weights(state), "latents": self._unscaled()}
 
     def _unscaled(self) -> dict[str, np.ndarray]:
         channels = config_lib.latent_channels(self.config)
         return {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
 
-    def _measure(self, frozen: dict[str, Any]) -> dict[str, Any]:
-        config = self.config
-        if config.first_stage.latent_scale == "first_batch":
-            batches = iter(self._batches(self.source, config.train)(0))
-        else:
-            batches = self._epoch(config.train.batch_size)
-        frozen = latents_lib.measure_scale(
-            config,
-            frozen,
-            batches,
-            latents_lib.encoder(config, frozen, self.mesh),
-            self._key(2),
-            lambda: self.interrupts.check("while measuring the latents"),
-        )
-        scale = np.asarray(frozen["latents"]["scale"])
-        print(f"latents: {config.first_stage.latent_scale} scale, mean {scale.mean():.4f}")
-        return frozen
+    def _measure(self, frozen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the variables with the scale that the config asks for, and what it is made of."""
+        config, rule, statistics = self.config, self.config.first_stage.latent_scale, None
+        if rule in latents_lib.RULES:
+            batches = (
+                latents_lib.first_batch(config, self.source)
+                if rule == "first_batch"
+                else latents_lib.one_pass(config, self.source, config.first_stage.stats_images)
+            )
+            check = lambda: self.interrupts.check("while measuring the latents")  # noqa: E731
+            statistics = latents_lib.measure(config, frozen, batches, self.mesh, check)
+            print(
+                f"latents: mean {statistics.mean:.4f}, standard deviation {statistics.std:.4f} "
+                f"over {statistics.images} images"
+            )
+        frozen = latents_lib.rescale(frozen, rule, statistics)
+        print(f"latents: {rule} scale, mean {np.mean(frozen['latents']['scale']):.4f}")
+        return frozen, latents_lib.record(frozen, rule, statistics)
 
     # -- diffusion ------------------------------------------------------------------------------
 
@@ -264,10 +269,10 @@ class _Run:
             pipe[0].variables, pipe[0].step = pipe[0].variables | weights, int(state.step)
             return pipe[0]
 
-        def picture(state: TrainState, number: int) -> pathlib.Path:
+        def picture(state: TrainState, number: int) -> Picture:
             path = self.workdir / "samples" / f"step_{number:07d}.png"
             images.save_png(path, self._grid(self._samples(update(state))))
-            return path
+            return Picture(path)
 
         start = self._starting_weights()
         stage = Stage("diffusion", self.workdir, config.train, init, step, frozen, picture, start)
@@ -356,25 +361,19 @@ class _Run:
 
         return start
 
-    def _epoch(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    def _epoch(self, batch_size: int, count: int = 0) -> Iterator[dict[str, np.ndarray]]:
         return epoch_batches(
             self.source,
             latents_lib.transform(self.config),
             batch_size,
+            count=count,
             threads=self.config.data.threads,
         )
 
     def _examples(self, count: int) -> np.ndarray:
         """The first images of the set, (count, H, W, 3) uint8, without augmentation."""
-        parts, seen = [], 0
-        batches = self._epoch(min(count, 256))
-        for batch in batches:
-            parts.append(batch["image"][batch["valid"]])
-            seen += len(parts[-1])
-            if seen >= count:
-                break
-        batches.close()
-        return np.concatenate(parts)[:count]
+        batches = self._epoch(min(count, 256), count)
+        return np.concatenate([batch["image"][batch["valid"]] for batch in batches])
 
 
 def _columns(count: int) -> int:

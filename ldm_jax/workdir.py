@@ -6,6 +6,9 @@ workdir/
   tokenizer/             vocabulary of its text encoder, where it has one
   labels.json            names of the classes, where they have any
   first_stage/           weights.safetensors + config.json, and the files of its own training
+    latents.json         rule, shift and scale of its latents z, which become (z - shift) * scale;
+                         mean, std, channel_mean and channel_std of z over a number of `images`,
+                         or `images` 0 alone where the rule measures nothing
   checkpoints/<step>/    of the diffusion model
   samples/               grids
   metrics.jsonl, events.out.tfevents.*, parameters.txt
@@ -35,6 +38,7 @@ from ldm_jax.training.sharding import make_mesh, replicated
 from ldm_jax.training.steps import diffusion_functions
 
 WEIGHTS = "weights.safetensors"
+LATENTS = "latents.json"
 TOKENIZER = "tokenizer"
 # Keys of the denoiser and the conditioners that may differ where weights are reused.
 NOT_WEIGHTS = ("denoiser.dropout", "denoiser.remat", "text.tokenizer")
@@ -95,11 +99,54 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{workdir / 'config.json'}: {error}") from error
 
 
-def save_first_stage(directory: pathlib.Path, config: ConfigDict, variables: dict) -> None:
-    """Writes the weights and latent statistics of a first stage; its config comes first."""
+def save_first_stage(
+    directory: pathlib.Path,
+    config: ConfigDict,
+    variables: dict,
+    latents: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a first stage and what `latents.json` says, if it is known; its weights come last."""
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "config.json", config_lib.to_json(config))
+    if latents is None:
+        (directory / LATENTS).unlink(missing_ok=True)  # of an earlier one
+    else:
+        write_text(directory / LATENTS, json.dumps(latents, indent=2) + "\n")
     tensors.save_tensors(directory / WEIGHTS, variables)
+
+
+def set_latent_scale(
+    path: str | os.PathLike[str], variables: dict, latents: Mapping[str, Any]
+) -> None:
+    """Replaces the first stage at `path` by `variables` of another scale, all or nothing.
+
+    Raises:
+        UserError: a diffusion model there was trained on the old scale, or it cannot be written.
+    """
+    directory = first_stage_folder(path)
+    check_unused_scale(path)
+    try:
+        tensors.save_tensors(directory / WEIGHTS, variables)
+        write_text(directory / LATENTS, json.dumps(latents, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {directory} ({error.strerror})") from error
+
+
+def check_unused_scale(path: str | os.PathLike[str]) -> None:
+    """Checks that the scale of the first stage at `path` may change.
+
+    Raises:
+        UserError: a diffusion model there was trained on it.
+    """
+    directory = first_stage_folder(path)
+    # `directory/checkpoints` are those of the first stage itself; a link may hide whose it is.
+    for place in (directory.absolute(), directory.resolve()):
+        root = place.parent
+        if place.name == "first_stage" and (has_checkpoint(root) or (root / WEIGHTS).is_file()):
+            raise UserError(
+                f"{root} holds a diffusion model that was trained on these latents as they are "
+                f"scaled: copy {directory} elsewhere and change the copy"
+            )
 
 
 def load_first_stage(path: str | os.PathLike[str], config: ConfigDict) -> dict:
@@ -115,12 +162,7 @@ def open_first_stage(path: str | os.PathLike[str], config: ConfigDict) -> dict:
     Raises:
         UserError: nothing there, or another architecture than the config's, named by its keys.
     """
-    root = pathlib.Path(path)
-    directory = next((d for d in (root / "first_stage", root) if (d / WEIGHTS).is_file()), None)
-    if directory is None:
-        raise UserError(
-            f"no first stage in {root}: it has no {WEIGHTS}, nor has {root / 'first_stage'}"
-        )
+    directory = first_stage_folder(path)
     theirs, ours = read_config(directory).first_stage, config.first_stage
     for key in ARCHITECTURE:
         if key == "codes" and ours.kind != "vq":
@@ -131,6 +173,21 @@ def open_first_stage(path: str | os.PathLike[str], config: ConfigDict) -> dict:
                 f"has {theirs[key]!r}"
             )
     return tensors.open_tree(directory / WEIGHTS, abstract_first_stage(config))
+
+
+def first_stage_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns where the first stage of a workdir lies, which may be the folder itself.
+
+    Raises:
+        UserError: nowhere there.
+    """
+    root = pathlib.Path(path)
+    directory = next((d for d in (root / "first_stage", root) if (d / WEIGHTS).is_file()), None)
+    if directory is None:
+        raise UserError(
+            f"no first stage in {root}: it has no {WEIGHTS}, nor has {root / 'first_stage'}"
+        )
+    return directory
 
 
 def abstract_first_stage(config: ConfigDict) -> dict:

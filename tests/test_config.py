@@ -2,6 +2,7 @@
 
 import pytest
 
+from ldm_jax import checks
 from ldm_jax import config as config_lib
 from ldm_jax.conditioners.label import SLOTS
 from ldm_jax.diffusion.objective import ERRORS
@@ -93,7 +94,7 @@ def test_values_that_do_not_fit_are_refused(change, message):
     ],
 )
 def test_choices_are_what_the_parts_know(key, names):
-    assert set(config_lib._CHOICES[key]) == set(names)
+    assert set(checks.CHOICES[key]) == set(names)
 
 
 def test_unknown_argument_is_refused():

@@ -52,6 +52,7 @@ def test_a_run_leaves_what_it_promises(workdir):
         "parameters.txt",
         "checkpoints/2",
         "first_stage/weights.safetensors",
+        "first_stage/latents.json",
         "first_stage/checkpoints/2",
         "first_stage/reconstructions/step_0000002.png",
         "samples/step_0000002.png",

@@ -49,6 +49,20 @@ def test_pairs_grid_puts_the_neighbour_below():
     np.testing.assert_array_equal(grid[5:9, 6:10], b[1])
 
 
+def test_reconstruction_grid_shows_the_amplified_signed_difference():
+    a = np.full((2, 4, 4, 3), 100, np.uint8)
+    b = a.copy()
+    b[0, 0, 0] = [101, 90, 250]  # a level more, ten less, far more
+    b[1] = 60
+    grid = images.reconstruction_grid(a, b, columns=2, padding=1)
+    assert grid.shape == (3 * 4 + 2, 2 * 4 + 3, 3) and grid.dtype == np.uint8
+    np.testing.assert_array_equal(grid[1:5, 1:5], a[0])
+    np.testing.assert_array_equal(grid[5:9, 1:5], b[0])
+    np.testing.assert_array_equal(grid[9, 1], [132, 88, 255])
+    np.testing.assert_array_equal(grid[10:13, 1:5], 128)
+    np.testing.assert_array_equal(grid[9:13, 6:10], 0)  # 40 levels less
+
+
 def test_save_png_makes_directories_and_leaves_no_other_file(tmp_path):
     image = noise(1)[0]
     path = tmp_path / "deep" / "er" / "x.png"

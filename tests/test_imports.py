@@ -12,7 +12,8 @@ ROOT = pathlib.Path(ldm_jax.__file__).parent
 ORDER = (
     ("types", "errors"),
     ("defaults", "published"),
-    ("random", "images", "config", "tensors", "download"),
+    ("checks",),
+    ("random", "images", "config", "tensors", "download", "memory"),
     ("nn", "data", "diffusion"),
     ("first_stage", "denoisers", "conditioners", "metrics"),
     ("fields",),
@@ -23,7 +24,8 @@ ORDER = (
     ("convert",),
     ("weights",),
     ("judges",),
-    ("run", "sample", "evaluate", "__init__"),
+    ("report",),
+    ("run", "sample", "latent_statistics", "evaluate", "reconstruct", "__init__"),
     ("train",),
 )
 

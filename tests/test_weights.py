@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from convert import archives
 
 from ldm_jax import download, weights
 from ldm_jax.convert import losses
@@ -161,6 +162,22 @@ def test_lpips_from_files(lpips, folder, tmp_path):
         weights.fetch("lpips", paths[1:])
     with pytest.raises(UserError, match=r"no checkpoint at .*other.pth"):
         weights.fetch("lpips", [tmp_path / "other.pth"])
+
+
+def test_lpips_from_files_of_old_pytorch(lpips, tmp_path):
+    """The published VGG16 and heads of LPIPS are in the format of before PyTorch 1.6."""
+    state = lpips_from_flax({"params": lpips})
+    trunk = {k: v for k, v in state.items() if k.startswith("features.")}
+    heads = {k: v for k, v in state.items() if k not in trunk}
+    trunk["classifier.0.bias"] = np.zeros(3, np.float32)
+    files = [archives.legacy_of(tmp_path / "a.pth", trunk)]
+    files.append(archives.legacy_of(tmp_path / "b.pth", heads))
+    weights.fetch("lpips", files)
+    assert_same(weights.load_lpips(), lpips)
+    data = files[0].read_bytes()
+    files[0].write_bytes(data[:-1])
+    with pytest.raises(UserError, match=r"a.pth is truncated: its storage"):
+        weights.fetch("lpips", files)
 
 
 class Recorder(pickle.Pickler):

@@ -13,12 +13,12 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ldm_jax.errors import UserError
 from ldm_jax.tensors import quote
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20  # of the pickles in one file
 MAX_STEPS = 2_000_000  # a checkpoint with its optimiser's state takes about 100 per weight
 
 LITERALS = frozenset(
@@ -30,6 +30,14 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 STORE = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 FETCH = frozenset({"GET", "BINGET", "LONG_BINGET"})
 SCALARS = (bytes, int, float, type(None))
+
+
+class Stream(Protocol):
+    """Bytes one after the other, of which no more may be asked for than memory holds."""
+
+    def read(self, size: int) -> bytes: ...
+
+    def readline(self) -> bytes: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +63,17 @@ def kind(value: Any) -> str:
 
 
 def read_pickle(
-    data: bytes,
+    stream: Stream,
     source: str,
     allowed: Collection[str],
     call: Callable[[str, tuple], Any],
     load: Callable[[Any], Any],
 ) -> Any:
-    """Returns the value that the pickle `data` describes.
+    """Returns the value that the next pickle of a stream describes; what follows it is not read.
 
     Args:
-        data: the whole stream, of any protocol.
+        stream: a pickle of any protocol. A length in it reserves no memory if `read` gives no more
+            than there is, as that of io.BytesIO does.
         source: what it is, for messages.
         allowed: full names ('module.name') that may be mentioned.
         call: gives the value of calling one of these names with positional arguments.
@@ -73,26 +82,22 @@ def read_pickle(
     Raises:
         UserError: damaged, too large, or it asks for anything else; the message names it.
     """
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{source} has {len(data)} bytes: refused, more than {MAX_BYTES}")
     machine = _Machine(source, allowed, call, load)
-    for opcode, argument in _opcodes(data, source):
+    for opcode, argument in _opcodes(stream, source):
         if opcode == "STOP":
             return machine.result()
         machine.step(opcode, argument)
     raise UserError(f"{source} is damaged: it has no end")
 
 
-def _opcodes(data: bytes, source: str) -> Iterator[tuple[str, Any]]:
-    """Operations and their arguments; no argument is longer than what is left of the data."""
-    stream = pickletools.genops(data)
+def _opcodes(stream: Stream, source: str) -> Iterator[tuple[str, Any]]:
+    """Operations and their arguments."""
+    operations = pickletools.genops(stream)
     for _ in range(MAX_STEPS):
         try:
-            opcode, argument, position = next(stream)
+            opcode, argument, _ = next(operations)
         except (ValueError, OverflowError, MemoryError, AssertionError) as error:
             raise UserError(f"{source} is damaged: {quote(str(error))[1:-1]}") from error
-        if opcode.name == "STOP" and position != len(data) - 1:
-            raise UserError(f"{source} goes on after its end: refused")
         yield opcode.name, argument
         if opcode.name == "STOP":
             return

@@ -1,14 +1,15 @@
 """Foreign checkpoints as data: only headers are read until an array is asked for, no code is run.
 
 A .ckpt, .pt, .pth or .bin file of PyTorch 1.6 or later is a zip archive: `data.pkl` describes the
-tensors, and the uncompressed members `data/0`, `data/1`, ... are the bytes of their storages.
+tensors, and the uncompressed members `data/0`, `data/1`, ... are the bytes of their storages. How
+earlier files look is said in torch_legacy.py.
 """
 
 from __future__ import annotations
 
 import functools
+import io
 import json
-import math
 import os
 import pathlib
 import re
@@ -16,77 +17,20 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO
 
-import jax.numpy as jnp
-import numpy as np
-
-from ldm_jax.convert.pickles import MAX_BYTES, Inert, Name, kind, read_pickle
+from ldm_jax.convert.pickles import MAX_BYTES
+from ldm_jax.convert.torch_legacy import read_legacy
+from ldm_jax.convert.torch_values import WAY_OUT, Storage, read_value, state_dict, storage_of
 from ldm_jax.errors import UserError
-from ldm_jax.tensors import (
-    LazyArray,
-    check_name,
-    check_shape,
-    open_tensors,
-    quote,
-    read_array,
-    unique,
-)
+from ldm_jax.tensors import LazyArray, check_name, open_tensors, quote, unique
 
 ARCHIVES = (".ckpt", ".pt", ".pth", ".bin")
-WAY_OUT = "re-save the weights as safetensors"
-MAX_EXPANDED = 2**16  # elements that a tensor may have though its storage has fewer
 MAX_NAME = 255  # characters of a file's name
 LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # magic, flags, compression, lengths of name and extra
 ENCRYPTED = 0x2041
 # zipfile's ways to say that a file is no good archive
 ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, NotImplementedError)
-
-STORAGES = {
-    "torch.FloatStorage": np.dtype(np.float32),
-    "torch.HalfStorage": np.dtype(np.float16),
-    "torch.BFloat16Storage": np.dtype(jnp.bfloat16),
-    "torch.DoubleStorage": np.dtype(np.float64),
-    "torch.LongStorage": np.dtype(np.int64),
-    "torch.IntStorage": np.dtype(np.int32),
-    "torch.ShortStorage": np.dtype(np.int16),
-    "torch.CharStorage": np.dtype(np.int8),
-    "torch.ByteStorage": np.dtype(np.uint8),
-    "torch.BoolStorage": np.dtype(np.bool_),
-    "torch.storage.UntypedStorage": np.dtype(np.uint8),
-}
-ORDERED_DICT = "collections.OrderedDict"
-TENSOR_V2 = "torch._utils._rebuild_tensor_v2"
-TENSOR = "torch._utils._rebuild_tensor"
-PARAMETER = "torch._utils._rebuild_parameter"
-# What training tools leave beside the weights. Nothing of it is imported: a name stays a name.
-INERT = frozenset(
-    """
-    torch.float64 torch.float32 torch.float16 torch.bfloat16 torch.int64 torch.int32 torch.int16
-    torch.int8 torch.uint8 torch.bool torch.device torch.Size torch.storage.TypedStorage
-    pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint
-    pytorch_lightning.callbacks.early_stopping.EarlyStopping
-    pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor
-    pytorch_lightning.utilities.parsing.AttributeDict
-    lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint
-    lightning.fabric.utilities.data.AttributeDict
-    lightning_fabric.utilities.data.AttributeDict
-    omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig
-    omegaconf.base.Metadata omegaconf.base.ContainerMetadata
-    omegaconf.nodes.AnyNode omegaconf.nodes.StringNode omegaconf.nodes.BooleanNode
-    omegaconf.nodes.IntegerNode omegaconf.nodes.FloatNode
-    numpy.core.multiarray.scalar numpy.core.multiarray._reconstruct
-    numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct
-    numpy.dtype numpy.ndarray _codecs.encode
-    builtins.set builtins.frozenset builtins.dict builtins.list builtins.tuple builtins.int
-    builtins.float builtins.str builtins.bool builtins.bytearray builtins.complex builtins.object
-    __builtin__.set __builtin__.frozenset __builtin__.dict __builtin__.list __builtin__.object
-    copyreg._reconstructor copy_reg._reconstructor argparse.Namespace typing.Any
-    collections.defaultdict collections.deque collections.Counter
-    pathlib.Path pathlib.PosixPath pathlib.WindowsPath
-    """.split()
-)
-ALLOWED = frozenset({ORDERED_DICT, TENSOR_V2, TENSOR, PARAMETER}) | STORAGES.keys() | INERT
 
 
 @dataclass(frozen=True)
@@ -99,48 +43,6 @@ class Member:
     offset: int
     size: int
     crc: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Storage:
-    """`count` elements of one type from byte `offset` of the file, with the CRC-32 `crc`."""
-
-    offset: int
-    count: int
-    dtype: np.dtype
-    crc: int
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A view of a storage; `start` and `strides` count elements."""
-
-    storage: Storage
-    start: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def extent(self) -> int:
-        """Elements of the storage from the first to the last of the tensor."""
-        if 0 in self.shape:
-            return 0
-        steps = zip(self.shape, self.strides, strict=True)
-        return 1 + sum((size - 1) * stride for size, stride in steps)
-
-    def read(self, path: pathlib.Path, name: str) -> np.ndarray:
-        """Reads the tensor `name`; its checksum is compared if it takes all of its storage."""
-        dtype = self.storage.dtype
-        offset = self.storage.offset + self.start * dtype.itemsize
-        crc = self.storage.crc if self.extent == self.storage.count else 0
-        flat = read_array(path, offset, self.extent, dtype, crc, quote(name))
-        # NumPy checks once more that the view stays within the elements read.
-        steps = zip(self.shape, self.strides, strict=True)
-        strides = [
-            stride * dtype.itemsize if size > 1 and flat.size else 0 for size, stride in steps
-        ]
-        view = np.ndarray(self.shape, dtype, flat, 0, strides)
-        return view if view.size == flat.size else view.copy()  # do not keep more than is used
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
@@ -165,7 +67,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, LazyArray]:
     if path.suffix == ".safetensors":
         return open_tensors(path)[0]
     if path.suffix in ARCHIVES:
-        return _open_archive(path)
+        return _open_torch(path)
     raise UserError(
         f"{path} is no checkpoint by its name: {', '.join(ARCHIVES)}, .safetensors and .index.json "
         "are read"
@@ -204,28 +106,32 @@ def _open_sharded(path: pathlib.Path) -> dict[str, LazyArray]:
     return {name: files[file][name] for name, file in places.items()}
 
 
-def _open_archive(path: pathlib.Path) -> dict[str, LazyArray]:
+def _open_torch(path: pathlib.Path) -> dict[str, LazyArray]:
+    """The arrays of a PyTorch file of either format."""
     try:
         with open(path, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                raise UserError(
-                    f"{path} is no zip archive: it is damaged, or PyTorch wrote it before 1.6; "
-                    f"load it there and {WAY_OUT}"
-                )
-            members = _members(path, file)
-            folder = _folder(path, members)
-            order = _content(file, members, f"{folder}/byteorder", 16) or b"little"
-            if order != b"little":
-                raise UserError(f"{path} holds numbers in the order {quote(str(order))}: {WAY_OUT}")
-            data = _content(file, members, f"{folder}/data.pkl", MAX_BYTES)
+            zipped = file.read(4) == b"PK\x03\x04"
+            value = _read_archive(path, file) if zipped else read_legacy(path, file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    load = functools.partial(_storage, path, members, folder)
-    value = read_pickle(data, str(path), ALLOWED, functools.partial(_call, path), load)
-    return _state_dict(path, value)
+    return state_dict(path, value)
 
 
-def _members(path: pathlib.Path, file: Any) -> dict[str, Member]:
+def _read_archive(path: pathlib.Path, file: BinaryIO) -> Any:
+    """What `data.pkl` of a zip archive describes."""
+    members = _members(path, file)
+    folder = _folder(path, members)
+    order = _content(file, members, f"{folder}/byteorder", 16) or b"little"
+    if order != b"little":
+        raise UserError(f"{path} holds numbers in the order {quote(str(order))}: {WAY_OUT}")
+    data = io.BytesIO(_content(file, members, f"{folder}/data.pkl", MAX_BYTES))
+    value = read_value(data, path, functools.partial(_storage, path, members, folder))
+    if data.read(1):
+        raise UserError(f"{path} goes on after the end of its pickle: refused")
+    return value
+
+
+def _members(path: pathlib.Path, file: BinaryIO) -> dict[str, Member]:
     """The parts of an archive, none of which is compressed, overlaps another or leaves the file."""
     try:
         archive = zipfile.ZipFile(file)
@@ -270,7 +176,7 @@ def _folder(path: pathlib.Path, members: dict[str, Member]) -> str:
     return folder
 
 
-def _content(file: Any, members: dict[str, Member], name: str, most: int) -> bytes:
+def _content(file: BinaryIO, members: dict[str, Member], name: str, most: int) -> bytes:
     """The bytes of a member, or none if there is no such member."""
     member = members.get(name, Member(0, 0))
     if member.size > most:
@@ -288,87 +194,14 @@ def _content(file: Any, members: dict[str, Member], name: str, most: int) -> byt
 
 def _storage(path: pathlib.Path, members: dict[str, Member], folder: str, where: Any) -> Storage:
     """The storage of a persistent id: ('storage', type, key, device, number of elements)."""
-    if not isinstance(where, tuple) or len(where) != 5 or not isinstance(where[1], Name):
-        _refuse(path, "refers to something else than a storage")
-    _, name, key, _, count = where
-    if name.text not in STORAGES:
-        _refuse(path, f"has a storage of type {name.text}")
-    if where[0] != "storage" or not isinstance(key, str) or not _is_size(count):
-        _refuse(path, "refers to something else than a storage")
-    dtype, member = STORAGES[name.text], members.get(f"{folder}/data/{key}")
+    key, storage = storage_of(path, where)
+    member = members.get(f"{folder}/data/{key}")
     if member is None:
         raise UserError(f"{path} is truncated: it has no storage {quote(key)}")
-    if member.size != count * dtype.itemsize:
+    if member.size != storage.count * storage.dtype.itemsize:
         raise UserError(
             f"{path} is truncated or damaged: its storage {quote(key)} has {member.size} bytes, "
-            f"not {count} elements of {dtype}"
+            f"not {storage.count} elements of {storage.dtype}"
         )
-    return Storage(member.offset, count, dtype, member.crc)
-
-
-def _call(path: pathlib.Path, name: str, values: tuple) -> Any:
-    """What PyTorch's functions would make of these values."""
-    if name in INERT:
-        return Inert(name)
-    if name == ORDERED_DICT and not values:
-        return {}
-    if name == PARAMETER and len(values) == 3 and isinstance(values[0], Tensor):
-        return values[0]
-    if name == TENSOR and len(values) == 4:
-        return _tensor(path, *values)
-    if name == TENSOR_V2 and len(values) in (6, 7):
-        if len(values) == 7 and values[6]:
-            _refuse(path, "has a tensor that is conjugated or negated on use")
-        return _tensor(path, *values[:4])
-    _refuse(path, f"calls {name} with unusual arguments")
-
-
-def _tensor(path: pathlib.Path, storage: Any, start: Any, shape: Any, strides: Any) -> Tensor:
-    if not isinstance(storage, Storage):
-        _refuse(path, f"makes a tensor of {kind(storage)}")
-    sizes = [shape, strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else []
-    if not sizes or len(shape) != len(strides) or not all(map(_is_size, (start, *shape, *strides))):
-        _refuse(path, "has a tensor with a negative or no size, stride or offset")
-    check_shape(shape, f"a tensor in {path}")
-    tensor = Tensor(storage, start, shape, strides)
-    if start + tensor.extent > storage.count:
-        raise UserError(
-            f"{path} is truncated or damaged: a tensor of shape {list(shape)} needs "
-            f"{start + tensor.extent} elements of a storage that has {storage.count}"
-        )
-    if math.prod(shape) > max(storage.count, MAX_EXPANDED):
-        _refuse(path, f"has a tensor of shape {list(shape)} that repeats {storage.count} elements")
-    return tensor
-
-
-def _state_dict(path: pathlib.Path, value: Any) -> dict[str, LazyArray]:
-    """The arrays of a state dict, or of the one in a training checkpoint."""
-    if isinstance(value, dict):
-        value = value.get("state_dict", value)
-    if not isinstance(value, dict) or not value:
-        found = "nothing" if isinstance(value, dict) else kind(value)
-        raise UserError(f"{path} holds {found}, not the weights of a network by name")
-    arrays = {}
-    for name, entry in value.items():
-        if not isinstance(name, str):
-            raise UserError(f"{path} names a tensor by {kind(name)}: refused")
-        check_name(name, path)
-        if isinstance(entry, Tensor):
-            read = functools.partial(entry.read, path, name)
-            arrays[name] = LazyArray(entry.shape, entry.storage.dtype, read)
-        elif isinstance(entry, bool | float) or (isinstance(entry, int) and abs(entry) < 2**63):
-            number = np.asarray(entry)
-            arrays[name] = LazyArray((), number.dtype, number.copy)
-        else:
-            raise UserError(
-                f"{quote(name)} in {path} is {kind(entry)}, not a tensor: save the state dict alone"
-            )
-    return arrays
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _refuse(path: pathlib.Path, text: str) -> NoReturn:
-    raise UserError(f"{path} {text}: refused; only plain tensors are read, so {WAY_OUT}")
+    storage.offset, storage.crc = member.offset, member.crc
+    return storage

@@ -90,6 +90,7 @@ def epoch_batches(
     transform: Transform,
     batch_size: int,
     *,
+    count: int = 0,
     flip: bool = False,
     fields: Sequence[str] = (),
     threads: int = 4,
@@ -98,22 +99,23 @@ def epoch_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """One pass over the source, in order and without augmentation: centred crops, all of them
-    mirrored if `flip`.
+    mirrored if `flip`; over its first `count` examples, if that is not 0.
 
     Batches are those of `Batches` and 'valid' (b,) bool. All have the same size: the last one is
     filled up with copies of the last example, where 'valid' is False.
     """
     check_fields(source, fields)
     part = _part(batch_size, process_index, process_count)
+    count = min(count or len(source), len(source))
 
     def make(step: int) -> Batch:
         indices = np.arange(part.start, part.stop) + step * batch_size
-        valid = indices < len(source)
-        indices = np.minimum(indices, len(source) - 1).tolist()
+        valid = indices < count
+        indices = np.minimum(indices, count - 1).tolist()
         draws = [Draw(flip=flip)] * len(indices)
         return {**_make_batch(source, transform, indices, draws, fields), "valid": valid}
 
-    steps = range(-(-len(source) // batch_size))
+    steps = range(-(-count // batch_size))
     return _iterate(make, steps, threads, prefetch)
 
 

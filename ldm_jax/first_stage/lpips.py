@@ -26,8 +26,26 @@ def unit_length(features: Array) -> Array:
     return features / (length + 1e-10)
 
 
+def to_colours(images: Array) -> Array:
+    """Images (..., 1, 3 or 4) in [-1, 1] -> (..., 3) float32: grey in three equal channels, colours
+    behind straight alpha (-1 = clear, 1 = solid) laid on white, as the data sources lay them.
+
+    Raises:
+        UserError: images of another number of channels.
+    """
+    channels, images = images.shape[-1], images.astype(jnp.float32)
+    if channels not in (1, 3, 4):
+        raise UserError(f"LPIPS compares images of 1, 3 or 4 channels, got {channels}")
+    if channels == 4:
+        alpha = 0.5 * (images[..., 3:] + 1.0)
+        return alpha * images[..., :3] + (1.0 - alpha)
+    return jnp.broadcast_to(images, (*images.shape[:-1], 3))
+
+
 class LPIPS(nn.Module):
-    """Perceptual distance of images (B, H, W, 3 or 1) in [-1, 1]: two of them -> (B,) float32.
+    """Perceptual distance of images (B, H, W, 3) in [-1, 1]: two of them -> (B,) float32.
+
+    Images of 1 or 4 channels are grey and RGBA: see `to_colours`.
 
     Version 0.1 with VGG16 and linear heads, without dropout. The weights are made for full float32
     products: on an accelerator, evaluate within `jax.default_matmul_precision("highest")`.
@@ -57,15 +75,13 @@ class LPIPS(nn.Module):
 
     def features(self, images: Array) -> list[Array]:
         """Rectified outputs of the last convolution of each block, (B, H / 2^i, W / 2^i, C)."""
-        if images.shape[-1] not in (1, 3):
-            raise UserError(f"LPIPS compares images of 1 or 3 channels, got {images.shape[-1]}")
         if min(images.shape[1:3]) < SMALLEST:
             size = "x".join(map(str, images.shape[1:3]))
             raise UserError(
                 f"LPIPS needs images of at least {SMALLEST}x{SMALLEST}, got {size}: "
                 "use larger images or set the perceptual weight to 0"
             )
-        h = images.astype(jnp.float32) - along_last(COLOUR_MEAN, 4)
+        h = to_colours(images) - along_last(COLOUR_MEAN, 4)
         h = h / along_last(COLOUR_STD, 4)
         found = []
         for i, block in enumerate(self.blocks):

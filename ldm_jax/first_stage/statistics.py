@@ -6,60 +6,94 @@ import numpy as np
 
 from ldm_jax.errors import UserError
 
-
-def first_batch_scale(z: np.ndarray) -> float:
-    """1 / std over all elements of a first batch of unscaled latents (B, h, w, C).
-
-    The paper's rule for KL first stages (Rombach et al. 2022, appendix G), whose formula is one
-    number for all channels; the standard deviation is the unbiased one, as in the original code.
-    """
-    return float(1.0 / np.std(np.asarray(z, np.float64), ddof=1))
+# What a scale can be made of: the first training batch, or a whole set as one or by channel.
+RULES = ("first_batch", "scalar", "channel")
 
 
 class LatentStatistics:
-    """Running mean and variance of each latent channel, in float64, batch by batch."""
+    """Running mean and variance of unscaled latents in float64, batch by batch.
+
+    Standard deviations are the unbiased ones, as in the original code.
+
+    Attributes:
+        images: taken in so far.
+        channel_mean: (C,).
+    """
 
     def __init__(self, channels: int) -> None:
-        self.count = 0  # elements per channel
-        self.mean = np.zeros(channels)
-        self.squares = np.zeros(channels)  # summed squared distances to the mean
+        self.images = 0
+        self.channel_mean = np.zeros(channels)
+        self._count = 0  # elements per channel
+        self._squares = np.zeros(channels)  # summed squared distances to the mean
 
     def add(self, z: np.ndarray) -> None:
         """Takes in a batch of unscaled latents (B, h, w, C)."""
-        flat = np.asarray(z, np.float64).reshape(-1, len(self.mean))
+        flat = np.asarray(z, np.float64).reshape(-1, len(self.channel_mean))
         if not len(flat):
             return
-        mean, count = flat.mean(0), self.count + len(flat)
-        distance = mean - self.mean
+        mean, count = flat.mean(0), self._count + len(flat)
+        distance = mean - self.channel_mean
         # Chan et al. 1983: joins two sets without the cancellation of a sum of squares.
-        self.squares += ((flat - mean) ** 2).sum(0)
-        self.squares += distance**2 * self.count * len(flat) / count
-        self.mean = self.mean + distance * len(flat) / count
-        self.count = count
+        self._squares += ((flat - mean) ** 2).sum(0)
+        self._squares += distance**2 * self._count * len(flat) / count
+        self.channel_mean = self.channel_mean + distance * len(flat) / count
+        self._count = count
+        self.images += len(z)
 
-    def result(self, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def mean(self) -> float:
+        """Over all elements."""
+        return float(self.channel_mean.mean())
+
+    @property
+    def std(self) -> float:
+        """Over all elements; NaN before there are any."""
+        between = self._count * ((self.channel_mean - self.mean) ** 2).sum()
+        count = self._count * len(self.channel_mean)
+        return _std(self._squares.sum() + between, count)
+
+    @property
+    def channel_std(self) -> np.ndarray:
+        """Of each channel, (C,); NaN before there are any elements."""
+        return np.array([_std(squares, self._count) for squares in self._squares])
+
+    def result(self, rule: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns `shift` (C,) and `scale` (C,) float32, so that (z - shift) * scale is of size 1.
 
-        'scalar' shifts nothing and divides by the standard deviation over all channels, as the
-        paper does; 'channel' brings each channel to mean 0 and standard deviation 1.
+        'scalar' shifts nothing and divides by the standard deviation over all channels; so does
+        'first_batch', which is the rule of the paper (Rombach et al. 2022, appendix G) if no more
+        than the first batch was taken in. 'channel' brings each channel to mean 0 and standard
+        deviation 1.
 
         Raises:
-            UserError: unknown mode, no latents, or latents that do not vary.
+            UserError: unknown rule, no latents, or latents that do not vary.
         """
-        channels = len(self.mean)
-        if mode not in ("scalar", "channel"):
-            raise UserError(f"unknown latent statistics '{mode}': choose scalar or channel")
-        if self.count < 2:
+        channels = len(self.channel_mean)
+        if rule not in RULES:
+            raise UserError(f"unknown latent statistics '{rule}': choose {', '.join(RULES)}")
+        if self._count < 2:
             raise UserError("cannot measure the scale of the latents: no latents were given")
-        if mode == "channel":
-            shift, variance = self.mean, self.squares / (self.count - 1)
+        if rule == "channel":
+            shift, std = self.channel_mean, self.channel_std
         else:
-            shift = np.zeros(channels)
-            between = self.count * ((self.mean - self.mean.mean()) ** 2).sum()
-            total = (self.squares.sum() + between) / (self.count * channels - 1)
-            variance = np.full(channels, total)
-        if not np.all(variance > 0) or not np.all(np.isfinite(variance)):
+            shift, std = np.zeros(channels), np.full(channels, self.std)
+        if not np.all(std > 0) or not np.all(np.isfinite(std)):
             raise UserError(
                 "cannot scale latents that are constant or not finite: is the first stage trained?"
             )
-        return shift.astype(np.float32), (1.0 / np.sqrt(variance)).astype(np.float32)
+        return shift.astype(np.float32), (1.0 / std).astype(np.float32)
+
+    def summary(self) -> dict[str, int | float | list[float]]:
+        """The statistics as JSON can hold them."""
+        return {
+            "images": self.images,
+            "mean": self.mean,
+            "std": self.std,
+            "channel_mean": self.channel_mean.tolist(),
+            "channel_std": self.channel_std.tolist(),
+        }
+
+
+def _std(squares: float, count: int) -> float:
+    """From the squared distances to the mean of `count` numbers."""
+    return float(np.sqrt(squares / (count - 1))) if count > 1 else np.nan

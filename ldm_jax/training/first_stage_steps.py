@@ -22,7 +22,7 @@ from ldm_jax.first_stage.losses import (
 )
 from ldm_jax.first_stage.lpips import LPIPS
 from ldm_jax.training.ema import ema_update
-from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
+from ldm_jax.training.optim import ADAM_SHARE, learning_rate, make_optimizer, shared_metrics
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array
 
@@ -39,6 +39,8 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
     module, discriminator = builders.build_first_stage(config), builders.build_discriminator(config)
     c, d = config.first_stage, config.first_stage.discriminator
     optimizer, rate = make_optimizer(c.train), learning_rate(c.train)
+    optimizers = {"first_stage": optimizer, "observation": optimizer}
+    optimizers["discriminator"] = make_optimizer(_discriminator_block(config))
 
     def init(key: Array) -> TrainState:
         size = config.data.resolution
@@ -55,7 +57,7 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
                 stats["logits"] = {"real": jnp.float32(0.0), "generated": jnp.float32(0.0)}
         if c.kind == "vq":
             stats["codebook"] = codebook_lib.start_averages(params["first_stage"]["codebook"])
-        opt_state = {part: optimizer.init(tree) for part, tree in params.items()}
+        opt_state = {part: optimizers[part].init(tree) for part, tree in params.items()}
         ema = {"first_stage": params["first_stage"]} if c.ema_decay > 0 else {}
         # Copies: the state is donated, and one buffer cannot be donated twice.
         stats, ema = jax.tree.map(jnp.copy, (stats, ema))
@@ -149,7 +151,9 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
 
         params, opt_state = {}, {}
         for part, tree in state.params.items():
-            updates, opt_state[part] = optimizer.update(grads[part], state.opt_state[part], tree)
+            updates, opt_state[part] = optimizers[part].update(
+                grads[part], state.opt_state[part], tree
+            )
             params[part] = optax.apply_updates(tree, updates)
         if c.kind == "vq":
             reset_key = jax.random.fold_in(step_key, image.shape[0] + 1)
@@ -167,6 +171,17 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         return new, {"loss": value + term, **metrics, **more, **shared}
 
     return init, step
+
+
+def _discriminator_block(config: ConfigDict) -> ConfigDict:
+    """How the discriminator is optimised: as the autoencoder, but always by AdamW.
+
+    Muon's updates have the same size however small the gradient: they let it win at once.
+    """
+    block = config.first_stage.train.copy_and_resolve_references()
+    share = ADAM_SHARE if block.optimizer == "muon" else 1.0
+    block.update(lr=config.first_stage.discriminator.lr or share * block.lr, optimizer="adamw")
+    return block
 
 
 def trained_weights(state: TrainState) -> Any:

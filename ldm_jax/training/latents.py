@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, images, random
-from ldm_jax.data.pipeline import CachedSource, epoch_batches
+from ldm_jax import builders, images
+from ldm_jax import config as config_lib
+from ldm_jax.data.pipeline import Batch, Batches, CachedSource, epoch_batches
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import ImageTransform
-from ldm_jax.first_stage.statistics import LatentStatistics, first_batch_scale
+from ldm_jax.first_stage.statistics import RULES, LatentStatistics
 from ldm_jax.training.sharding import batch_sharding, replicated
 from ldm_jax.types import Array
+
+KEY = 2  # of the draws here, derived from a run's; its stages have 1 and 3
 
 
 def encoder(config: ConfigDict, frozen: Any, mesh: jax.sharding.Mesh) -> Callable[[Any], Array]:
@@ -67,50 +70,90 @@ def encode_source(
     return CachedSource(source, {"moments": cached}, fields)
 
 
-def measure_scale(
+def first_batch(config: ConfigDict, source: Source) -> Iterator[Batch]:
+    """The one batch of images that the diffusion model sees first."""
+    size, seed = config.train.batch_size, config.seed
+    yield Batches(source, transform(config), batch_size=size, seed=seed).batch(0)
+
+
+def one_pass(config: ConfigDict, source: Source, count: int = 0) -> Iterator[Batch]:
+    """Batches of the first `count` images (0: all), in order and without augmentation."""
+    count = min(count or len(source), len(source))
+    size, threads = min(config.train.batch_size, count), config.data.threads
+    return epoch_batches(source, transform(config), size, count=count, threads=threads)
+
+
+def measure(
     config: ConfigDict,
     frozen: Any,
-    batches: Iterator[dict[str, np.ndarray]],
-    encode: Callable[[Any], Array],
-    key: Array,
-    check: Callable[[], None],
-) -> dict[str, Any]:
-    """Returns the first stage's variables with the latent scale that the config asks for.
+    batches: Iterator[Batch],
+    mesh: jax.sharding.Mesh,
+    check: Callable[[], None] = lambda: None,
+) -> LatentStatistics:
+    """Measures the unscaled latents of images, each drawn once from its posterior.
 
-    `batches` holds 'image' or 'moments'; the rules are those of `first_stage.latent_scale`.
+    A draw follows from the config's seed and the image's place in the pass: neither the size of
+    the batches nor the number of devices changes a result, up to rounding.
+
+    Args:
+        config: of the first stage.
+        frozen: its variables; their shift and scale do not matter.
+        batches: 'image' (B, H, W, 3) uint8, and 'valid' (B,) where only some count.
+        mesh: the devices.
+        check: called between batches; may raise to leave.
     """
-    rule, module = config.first_stage.latent_scale, builders.build_first_stage(config)
-    channels = frozen["latents"]["scale"].shape[0]
-    unscaled = frozen | {"latents": _latents(np.zeros(channels), np.ones(channels))}
+    module, channels = builders.build_first_stage(config), config_lib.latent_channels(config)
+    everywhere, split = replicated(mesh), batch_sharding(mesh)
+    key = jax.random.fold_in(jax.random.key(config.seed), KEY)
 
-    def draw(step: int, batch: dict[str, np.ndarray]) -> np.ndarray:
-        moments = batch["moments"] if "moments" in batch else encode(batch["image"])
-        keys = random.example_keys(jax.random.fold_in(key, step), len(moments))
-        return np.asarray(sample(unscaled, moments, keys))
+    def draw(variables: Any, image: Array, places: Array) -> Array:
+        keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+        moments = module.apply(variables, images.to_float(image), method="moments")
+        return module.apply(variables, moments, keys, method="sample")
 
-    sample = jax.jit(lambda v, moments, keys: module.apply(v, moments, keys, method="sample"))
+    compiled = jax.jit(draw, in_shardings=(everywhere, split, split))
+    unscaled = {"latents": _latents(np.zeros(channels), np.ones(channels))}
+    variables = jax.device_put(frozen | unscaled, everywhere)
+    statistics = LatentStatistics(channels)
+    with contextlib.closing(batches):
+        for batch in batches:
+            check()
+            size = len(batch["image"])
+            rows = np.arange(-(-size // mesh.size) * mesh.size)  # so that the devices divide them
+            image = batch["image"][np.minimum(rows, size - 1)]
+            latents = np.asarray(compiled(variables, image, statistics.images + rows))[:size]
+            statistics.add(latents[batch["valid"]] if "valid" in batch else latents)
+    return statistics
+
+
+def rescale(frozen: Any, rule: str, statistics: LatentStatistics | None = None) -> dict[str, Any]:
+    """Returns a first stage's variables with the scale of a rule of `first_stage.latent_scale`.
+
+    `statistics` are those that a rule in `RULES` is made of.
+
+    Raises:
+        UserError: the latents do not vary, or are not finite.
+    """
     if rule == "stored":
         return frozen
-    if rule == "first_batch":
-        shift, scale = (
-            np.zeros(channels),
-            np.full(channels, first_batch_scale(draw(0, next(batches)))),
-        )
-    elif rule in ("scalar", "channel"):
-        statistics, seen = LatentStatistics(channels), 0
-        for step, batch in enumerate(batches):
-            check()
-            latents = draw(step, batch)
-            latents = latents[batch["valid"]] if "valid" in batch else latents
-            statistics.add(latents)
-            seen += len(latents)
-            if 0 < config.first_stage.stats_images <= seen:
-                break
+    channels = len(frozen["latents"]["scale"])
+    shift, scale = np.zeros(channels), np.ones(channels)
+    if rule in RULES:
         shift, scale = statistics.result(rule)
     else:
-        shift, scale = np.zeros(channels), np.full(channels, float(rule))
+        scale = scale * float(rule)
     return frozen | {"latents": _latents(shift, scale)}
 
 
-def _latents(shift: np.ndarray, scale: np.ndarray) -> dict[str, Array]:
-    return {"shift": jnp.asarray(shift, jnp.float32), "scale": jnp.asarray(scale, jnp.float32)}
+def record(frozen: Any, rule: str, statistics: LatentStatistics | None = None) -> dict[str, Any]:
+    """What `latents.json` says of a first stage's variables, as `rescale` gave them.
+
+    'images', 'mean', 'std', 'channel_mean' and 'channel_std' of the unscaled latents ('images' 0
+    alone where the rule measures nothing), 'rule', and its 'shift' and 'scale' by channel.
+    """
+    latents = {name: np.asarray(frozen["latents"][name]).tolist() for name in ("shift", "scale")}
+    return {"rule": rule, **(statistics.summary() if statistics else {"images": 0}), **latents}
+
+
+def _latents(shift: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    return {"shift": np.asarray(shift, np.float32), "scale": np.asarray(scale, np.float32)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -118,8 +120,23 @@ class Progress:
             text = ", ".join(f"{key} {value}" for key, value in shown.items())
             minutes, rest = divmod(round(left), 60)
             eta = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-            print(f"{self._stage}: step {step}/{self._total}, {text}, ETA {eta}", flush=True)
+            self.say(f"{self._stage}: step {step}/{self._total}, {text}, ETA {eta}")
         return scalars
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar."""
+        self._bar.write(text)
+        sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done meanwhile does not count as time of the steps, except in the ETA."""
+        jax.block_until_ready(self._pending)  # the steps so far, which may still be running
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._mark += time.perf_counter() - start
 
     def close(self) -> None:
         """Ends the bar."""

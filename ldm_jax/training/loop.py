@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from ldm_jax.data.device import to_device
 from ldm_jax.data.pipeline import Batches
+from ldm_jax.training.alarms import Alarms
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.interrupt import Interrupted, Interrupts
 from ldm_jax.training.logging import MetricWriter, Progress
 from ldm_jax.training.sharding import batch_sharding, replicated
 from ldm_jax.training.state import Init, Step, TrainState
+
+
+class Picture(NamedTuple):
+    """What a state looks like.
+
+    Attributes:
+        path: of a PNG file.
+        scalars: what was measured on the way; written and printed.
+    """
+
+    path: pathlib.Path
+    scalars: Mapping[str, float] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +45,10 @@ class Stage:
         init: key -> state.
         step: (state, frozen, batch, key) -> (state, metrics).
         frozen: variables that the step reads and never changes.
-        picture: writes a picture of a state and returns its path; called with (state, step).
+        picture: shows a state; called with (state, step), and may raise Interrupted to give up.
         start: weights in place of the random ones, by part as in `TrainState.params`; or None.
+        picture_at_end: whether the last step is shown too, wherever it falls.
+        alarms: averaged metrics -> what is wrong, by name; see `Alarms`.
     """
 
     name: str
@@ -41,8 +57,16 @@ class Stage:
     init: Init
     step: Step
     frozen: Any
-    picture: Callable[[TrainState, int], pathlib.Path]
+    picture: Callable[[TrainState, int], Picture]
     start: Any = None
+    picture_at_end: bool = False
+    alarms: Callable[[Mapping[str, float]], dict[str, str]] | None = None
+
+    def shows(self, step: int) -> bool:
+        """Tells whether a step is shown."""
+        every = self.block.picture_every
+        at_end = self.picture_at_end and step == self.block.steps
+        return every > 0 and (step % every == 0 or at_end)
 
 
 def fit(
@@ -65,6 +89,7 @@ def fit(
     start = int(state.step)
     writer = MetricWriter(stage.directory, start)
     progress = Progress(stage.name, start, block.steps, block.batch_size)
+    alarms = Alarms(stage.name, stage.alarms, progress.say) if stage.alarms else None
     step_key = jax.device_put(jax.random.fold_in(key, 1), everywhere)
     frozen = jax.device_put(stage.frozen, everywhere)
     step_fn = jax.jit(
@@ -82,7 +107,10 @@ def fit(
             stop = interrupts.requested
             last = stop or step == block.steps
             if last or step % block.log_every == 0:
-                writer.write(step, progress.report(step, batches.wait_seconds))
+                scalars = progress.report(step, batches.wait_seconds)
+                if alarms:
+                    scalars["alarms"] = alarms.check(step, scalars)
+                writer.write(step, scalars)
             if last or step % block.checkpoint_every == 0:
                 checkpoints.save(state)
             if stop:
@@ -91,14 +119,25 @@ def fit(
                     f"saved {stage.name} at step {step} of {block.steps}; "
                     "the same command goes on from here"
                 )
-            if block.picture_every and step % block.picture_every == 0:
-                writer.write_image(step, stage.name, stage.picture(state, step))
+            if stage.shows(step):
+                # Given up for a signal, which the next step sees too, and then saves.
+                with contextlib.suppress(Interrupted), progress.pause():
+                    show(stage.name, step, stage.picture(state, step), writer, progress)
     finally:
         batches.close()
         progress.close()
         writer.close()
         checkpoints.close()
     return state
+
+
+def show(name: str, step: int, picture: Picture, writer: MetricWriter, progress: Progress) -> None:
+    """Writes a picture and what was measured with it, and prints the latter."""
+    writer.write_image(step, name, picture.path)
+    if picture.scalars:
+        writer.write(step, dict(picture.scalars))
+        values = ", ".join(f"{key} {value:.4g}" for key, value in picture.scalars.items())
+        progress.say(f"{name}: step {step}, {values}")
 
 
 def restore_or_init(

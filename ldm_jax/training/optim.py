@@ -10,6 +10,8 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
+ADAM_SHARE = 0.2  # of Muon's learning rate: that of what Adam moves beside it
+
 
 def learning_rate(block: ConfigDict) -> optax.Schedule:
     """Learning rate as a function of the step: linear warm-up, then constant, cosine or linear.
@@ -56,7 +58,7 @@ def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
             adam_b1=block.betas[0],
             adam_b2=block.betas[1],
             adam_weight_decay=block.weight_decay,
-            adam_learning_rate=lambda step: 0.2 * rate(step),
+            adam_learning_rate=lambda step: ADAM_SHARE * rate(step),
             muon_weight_dimension_numbers=_matrices,
         )
     else:

@@ -6,6 +6,8 @@ import pathlib
 import struct
 import zipfile
 
+import numpy as np
+
 FLOAT = "FloatStorage"
 
 
@@ -39,8 +41,12 @@ def mapping(*items: bytes) -> bytes:
 ORDERED = name("collections", "OrderedDict") + b")R"
 
 
-def storage(count: int, key: str = "0", kind: str = FLOAT, module: str = "torch") -> bytes:
-    return group(text("storage"), name(module, kind), text(key), text("cpu"), number(count)) + b"Q"
+def storage(
+    count: int, key: str = "0", kind: str = FLOAT, module: str = "torch", rest: tuple = ()
+) -> bytes:
+    """A reference to a storage; before 1.6 its end (`rest`) said of what it was a view: NONE."""
+    parts = text("storage"), name(module, kind), text(key), text("cpu"), number(count), *rest
+    return group(*parts) + b"Q"
 
 
 def tensor(
@@ -52,7 +58,7 @@ def tensor(
     function: str = "_rebuild_tensor_v2",
     rest: tuple = (b"\x89", ORDERED),
 ) -> bytes:
-    """A tensor as torch.save of any version since 1.6 describes it."""
+    """A tensor as torch.save describes it; without `where`, in the way of 1.6 and later."""
     return call(
         name("torch._utils", function),
         storage(count) if where is None else where,
@@ -111,6 +117,46 @@ def archive_of(path: pathlib.Path, members: dict[str, bytes], compression: int =
             file.writestr(zipfile.ZipInfo(member), content, compression)
     path.write_bytes(buffer.getvalue())
     return path
+
+
+# The first three pickles of every file from before 1.6, as PyTorch 1.5 writes them.
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+VERSION = b"\x80\x02M\xe9\x03."
+MACHINE = mapping(text("protocol_version"), number(1001), text("little_endian"), b"\x88")
+HEADER = MAGIC + VERSION + pickled(MACHINE)
+NONE = (b"N",)
+OLD = mapping(text("w"), tensor(where=storage(6, rest=NONE)))
+COUNT = struct.pack("<q", 6)
+
+
+def listed(*keys: str) -> bytes:
+    """The last of the five pickles."""
+    return pickled(b"](" + b"".join(map(text, keys)) + b"e")
+
+
+def legacy(
+    path: pathlib.Path,
+    body: bytes = OLD,
+    header: bytes = HEADER,
+    keys: bytes = listed("0"),
+    data: bytes = COUNT + DATA,
+    protocol: int = 2,
+) -> pathlib.Path:
+    """A file from before 1.6 with one storage of six floats."""
+    path.write_bytes(header + pickled(body, protocol) + keys + data)
+    return path
+
+
+def legacy_of(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> pathlib.Path:
+    """A state dict of float32 arrays as PyTorch before 1.6 writes it."""
+    body, data = b"", b""
+    for key, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        strides = tuple(stride // 4 for stride in array.strides)
+        where = storage(array.size, key, rest=NONE)
+        body += text(key) + tensor(array.shape, strides, where=where)
+        data += struct.pack("<q", array.size) + array.tobytes()
+    return legacy(path, mapping(body), keys=listed(*arrays), data=data)
 
 
 def patched(path: pathlib.Path, old: bytes, new: bytes, count: int = -1) -> pathlib.Path:

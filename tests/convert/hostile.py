@@ -2,11 +2,10 @@
 
 import json
 import pathlib
-import pickle
 import struct
 import zipfile
 
-from convert import hostile_pickles
+from convert import hostile_legacy, hostile_pickles
 from convert.archives import (
     DATA,
     GOOD,
@@ -63,14 +62,6 @@ def cut(folder: pathlib.Path, end: int) -> pathlib.Path:
     return path
 
 
-def legacy(folder: pathlib.Path) -> pathlib.Path:
-    """A file of PyTorch before 1.6: pickles one after the other."""
-    path = folder / "m.pt"
-    code = pickled(call(SYSTEM, text(touch(folder))))
-    path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + code)
-    return path
-
-
 ZIPS = {
     "member upwards": named(r"the name '\.\./evil'", "../evil"),
     "member upwards within": named("no plain name", "archive/../../evil"),
@@ -102,7 +93,7 @@ ZIPS = {
     ),
     "truncated archive": Case(lambda folder: cut(folder, -100), "damaged or truncated"),
     "truncated to a header": Case(lambda folder: cut(folder, 10), "damaged or truncated"),
-    "empty file": Case(lambda folder: cut(folder, 0), "no zip archive"),
+    "empty file": Case(lambda folder: cut(folder, 0), "neither a zip archive nor"),
     "two folders": named("has not one folder", "other/data.pkl"),
     "no pickle": Case(
         lambda folder: archive_of(folder / "m.pth", {"archive/data/0": DATA}), "has not one folder"
@@ -110,7 +101,6 @@ ZIPS = {
     "big-endian": member("in the order .*big", byteorder=b"big"),
     "TorchScript": member("is a TorchScript program", constants_pkl=GOOD),
     "TorchScript code": named("is a TorchScript program", "archive/code/__torch__.py"),
-    "file of old PyTorch": Case(legacy, "PyTorch wrote it before 1.6"),
 }
 
 
@@ -227,6 +217,6 @@ INDICES = {
 }
 
 
-PARTS = (*hostile_pickles.PARTS, ZIPS, SAFETENSORS, INDICES)
+PARTS = (*hostile_pickles.PARTS, hostile_legacy.LEGACY, ZIPS, SAFETENSORS, INDICES)
 CASES = {title: case for part in PARTS for title, case in part.items()}
 assert len(CASES) == sum(map(len, PARTS)), "two cases have the same title"

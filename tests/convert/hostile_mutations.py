@@ -10,12 +10,16 @@ import tempfile
 
 from convert.archives import (
     GOOD,
+    NONE,
+    OLD,
     TRAINING,
     archive,
     entry,
+    legacy,
     mapping,
     pickled,
     safetensors,
+    storage,
     tensor,
     text,
 )
@@ -23,6 +27,12 @@ from convert.archives import (
 OPERATIONS = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 NUMBERS = [struct.pack("<q", n)[:size] for n in (0, 1, -1, 2**31 - 1, 2**62) for size in (1, 4, 8)]
 PIECES = [b"[" * 3000, b'"', b"{}", b"1e999", b"9" * 5000, b"\xff\xfe", b"../", b"\0", b"\n", b"-"]
+SIX = storage(6, rest=NONE)
+OLD_BODIES = [
+    OLD,
+    mapping(text("state_dict"), mapping(text("a"), tensor((3, 2), (1, 3), where=SIX))),
+    mapping(text("a"), tensor((2,), (3,), 1, SIX), text("b"), tensor((), (), where=SIX)),
+]
 VALUES = {"state_dict": {"w": 1.5, "n": 3}, 7: [b"x", (None, "y")]}
 PICKLES = [
     GOOD,
@@ -73,14 +83,19 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
 
 
 def mutant(folder: pathlib.Path, seed: int) -> pathlib.Path:
-    """The file number `seed`: an archive, its pickle, a header or an index is damaged."""
+    """The file number `seed`: an archive, its pickle, a header or an index is damaged, or a file
+    from before PyTorch 1.6.
+    """
     chance = random.Random(seed)
-    match chance.choice("zip pickle pickle header header index".split()):
+    match chance.choice("zip pickle pickle legacy legacy header header index".split()):
         case "zip":
             path = folder / "m.ckpt"
             path.write_bytes(damaged(chance.choice(ZIPS), chance))
         case "pickle":
             path = archive(folder / "m.ckpt", damaged(chance.choice(PICKLES), chance))
+        case "legacy":
+            path = folder / "m.pth"
+            path.write_bytes(damaged(legacy(path, chance.choice(OLD_BODIES)).read_bytes(), chance))
         case "header":
             path = safetensors(folder / "m.safetensors", damaged(HEADER, chance), bytes(24))
         case "index":

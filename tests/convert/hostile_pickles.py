@@ -165,7 +165,7 @@ CALLS = {
         "calls torch.FloatStorage with", call(name("torch", "FloatStorage"), number(10**12))
     ),
     "OrderedDict of arguments": weights(
-        "calls collections.OrderedDict with", call(name("collections", "OrderedDict"), b"]")
+        "calls collections.OrderedDict with", call(name("collections", "OrderedDict"), b"](Ne")
     ),
     "arguments that are no tuple": weights(
         "calls collections.OrderedDict with", name("collections", "OrderedDict") + b"]R"
@@ -232,7 +232,7 @@ DAMAGE = {
     "odd items": holds("a key has no value", b"}(Nu"),
     "left-over values": holds("values left over", b"NN"),
     "goes on after its end": Case(
-        lambda folder: archive(folder / "m.ckpt", GOOD + pickled(b"N")), "goes on after its end"
+        lambda folder: archive(folder / "m.ckpt", GOOD + pickled(b"N")), "goes on after the end"
     ),
     "no end": Case(lambda folder: archive(folder / "m.ckpt", GOOD[:-1]), "is damaged"),
     "empty pickle": Case(lambda folder: archive(folder / "m.ckpt", b""), "is damaged"),

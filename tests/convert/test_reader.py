@@ -12,7 +12,7 @@ import pytest
 from convert import archives, hostile, hostile_mutations
 from convert.archives import mapping, number, pickled, storage, tensor, text
 from ldm_jax import tensors
-from ldm_jax.convert import pickles, reader
+from ldm_jax.convert import pickles, reader, torch_values
 from ldm_jax.convert.reader import open_checkpoint
 from ldm_jax.convert.torch_file import save_checkpoint
 from ldm_jax.errors import UserError
@@ -166,9 +166,9 @@ def test_views(tmp_path, shape, strides, start):
     )
 
 
-@pytest.mark.parametrize("kind", sorted(reader.STORAGES))
+@pytest.mark.parametrize("kind", sorted(torch_values.STORAGES))
 def test_types(tmp_path, kind):
-    dtype = reader.STORAGES[kind]
+    dtype = torch_values.STORAGES[kind]
     values = np.asarray([0, 1, 2, 3, 250]).astype(dtype)
     module, attribute = kind.rsplit(".", 1)
     where = storage(5, kind=attribute, module=module)
@@ -229,8 +229,9 @@ def test_sharded(tmp_path):
     np.testing.assert_array_equal(np.asarray(sd["w"]), np.arange(6.0).reshape(2, 3))
 
 
+@pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_files_of_pytorch(tmp_path, protocol):
+def test_files_of_pytorch(tmp_path, protocol, zipped):
     torch = pytest.importorskip("torch")
     layers = [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)]
     sd = torch.nn.Sequential(*layers).state_dict()
@@ -239,7 +240,8 @@ def test_files_of_pytorch(tmp_path, protocol):
     sd["parameter"] = torch.nn.Parameter(torch.randn(2))
     optimiser = torch.optim.Adam(layers[0].parameters()).state_dict()
     checkpoint = {"state_dict": sd, "optimizer_states": [optimiser], "epoch": 1}
-    torch.save(checkpoint, tmp_path / "m.ckpt", pickle_protocol=protocol)
+    options = dict(pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    torch.save(checkpoint, tmp_path / "m.ckpt", **options)
     arrays = open_checkpoint(tmp_path / "m.ckpt")
     assert list(arrays) == list(sd)
     for key, value in sd.items():
@@ -260,15 +262,23 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 @pytest.mark.slow
-def test_memory(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_memory(tmp_path, zipped):
     """300 MB in twenty transposed tensors take no more memory than two of them."""
-    count, body, members = 2**22 - 2**18, b"", {}
+    count, body, data = 2**22 - 2**18, b"", []
     for i in range(20):
-        where = storage(count, str(i))
+        where = storage(count, str(i), rest=() if zipped else archives.NONE)
         body += text(f"w{i}") + tensor((1024, count // 1024), (1, 1024), where=where)
-        members[f"data__{i}"] = np.random.default_rng(i).bytes(4 * count)
-    path, out = archive(tmp_path, mapping(body), **members), tmp_path / "m.safetensors"
-    del members
+        data.append(np.random.default_rng(i).bytes(4 * count))
+    if zipped:
+        path = archive(tmp_path, mapping(body), **{f"data__{i}": d for i, d in enumerate(data)})
+    else:
+        stored = b"".join(count.to_bytes(8, "little") + part for part in data)
+        keys = archives.listed(*map(str, range(20)))
+        path = archives.legacy(tmp_path / "m.pth", mapping(body), keys=keys, data=stored)
+        del stored
+    out = tmp_path / "m.safetensors"
+    del data
     command = [sys.executable, "-c", MEMORY, str(path), str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert out.stat().st_size > 300e6

@@ -1,16 +1,20 @@
 """LPIPS against the original code."""
 
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_utils import load, quick_jit
+from PIL import Image
 
 from ldm_jax.convert.losses import lpips_to_flax
+from ldm_jax.data.decode import decode_image
 from ldm_jax.errors import UserError
-from ldm_jax.first_stage.lpips import LPIPS, unit_length
+from ldm_jax.first_stage.lpips import LPIPS, to_colours, unit_length
+from ldm_jax.images import to_float
 
 
 @functools.cache
@@ -55,18 +59,44 @@ def test_matches_the_original():
     golden.check("grad.in1", gradient)
 
 
-def test_grey_images_are_those_with_three_equal_channels():
-    grey = np.random.RandomState(0).uniform(-1, 1, (1, 16, 16, 1)).astype(np.float32)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_transparent_images_are_compared_by_their_colours(channels):
+    shape = (1, 16, 16, channels)
+    given = np.random.RandomState(0).uniform(-1, 1, shape).astype(np.float32)
+    coloured = to_colours(given)
+    if channels == 1:
+        np.testing.assert_array_equal(coloured, np.repeat(given, 3, axis=-1))
 
     @quick_jit
-    def distances(variables, grey):
-        coloured = jnp.repeat(grey, 3, axis=-1)
-        return LPIPS().apply(
-            variables, jnp.concatenate([coloured, coloured]), jnp.concatenate([grey, -grey])
-        )
+    def distances(variables, coloured, given):
+        both = jnp.concatenate([given, -given])
+        return LPIPS().apply(variables, jnp.concatenate([coloured, coloured]), both)
 
-    same, other = distances(fixture_weights(), grey)
+    same, other = distances(fixture_weights(), coloured, given)
     assert same < 1e-10 < 1e-3 < other
+
+
+def test_transparent_images_are_laid_on_white_as_the_data_sources_do():
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 4), np.uint8)
+    pixels[0, :, 3], pixels[1, :, 3] = 0, 255
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    loaded = to_float(decode_image(file.getvalue(), "x"))
+    # The loader rounds to grey levels, of which there are 127.5 in one unit.
+    np.testing.assert_allclose(to_colours(to_float(pixels)), loaded, atol=1.01 / 127.5)
+    np.testing.assert_array_equal(to_colours(to_float(pixels))[0], 1.0)
+    np.testing.assert_array_equal(to_colours(to_float(pixels))[1], loaded[1])
+
+
+def test_colours_and_alpha_have_their_gradients():
+    """By the rule for products: colours through their alpha, alpha by what it lifts off white."""
+    images = np.random.RandomState(1).uniform(-1, 1, (2, 3, 3, 4)).astype(np.float32)
+    cotangent = np.random.RandomState(2).normal(size=(2, 3, 3, 3)).astype(np.float32)
+    (found,) = jax.vjp(to_colours, images)[1](cotangent)
+    alpha = 0.5 * (images[..., 3:] + 1)
+    np.testing.assert_allclose(found[..., :3], alpha * cotangent, rtol=1e-6)
+    by_alpha = (0.5 * (images[..., :3] - 1) * cotangent).sum(-1)
+    np.testing.assert_allclose(found[..., 3], by_alpha, rtol=1e-5, atol=1e-6)  # order of the sum
 
 
 def test_features_that_are_all_zero_have_a_gradient():
@@ -80,7 +110,7 @@ def test_features_that_are_all_zero_have_a_gradient():
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((1, 32, 32, 4), "1 or 3 channels, got 4"), ((1, 32, 15, 3), "at least 16x16, got 32x15")],
+    [((1, 32, 32, 2), "1, 3 or 4 channels, got 2"), ((1, 32, 15, 3), "at least 16x16, got 32x15")],
 )
 def test_images_that_it_cannot_take_are_refused(shape, message):
     images = np.zeros(shape, np.float32)

@@ -1,10 +1,12 @@
 """Streaming statistics of latents against NumPy on the whole set."""
 
+import json
+
 import numpy as np
 import pytest
 
 from ldm_jax.errors import UserError
-from ldm_jax.first_stage.statistics import LatentStatistics, first_batch_scale
+from ldm_jax.first_stage.statistics import LatentStatistics
 
 Z = np.random.RandomState(0).standard_normal((10, 4, 5, 3)) * [1, 2, 5] + [100, -3, 0]
 Z = Z.astype(np.float32)
@@ -27,11 +29,27 @@ def test_channel_statistics_do_not_depend_on_batches(sizes):
 
 
 @pytest.mark.parametrize("sizes", [[], [3, 6]])
-def test_scalar_statistics_are_the_rule_of_the_first_batch(sizes):
-    shift, scale = accumulate(Z, sizes).result("scalar")
+@pytest.mark.parametrize("rule", ["first_batch", "scalar"])
+def test_one_scale_for_all_channels_shifts_nothing(sizes, rule):
+    shift, scale = accumulate(Z, sizes).result(rule)
     np.testing.assert_array_equal(shift, np.zeros(3))
-    np.testing.assert_allclose(scale, np.full(3, first_batch_scale(Z)), rtol=1e-6)
-    np.testing.assert_allclose(first_batch_scale(Z), 1 / Z.astype(np.float64).std(ddof=1))
+    np.testing.assert_allclose(scale, np.full(3, 1 / Z.astype(np.float64).std(ddof=1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[], [3, 0, 6]])
+def test_summary_is_that_of_numpy_in_float64(sizes):
+    flat = Z.reshape(-1, 3).astype(np.float64)
+    expected = {
+        "images": 10,
+        "mean": flat.mean(),
+        "std": flat.std(ddof=1),
+        "channel_mean": flat.mean(0).tolist(),
+        "channel_std": flat.std(0, ddof=1).tolist(),
+    }
+    found = accumulate(Z, sizes).summary()
+    assert found.keys() == expected.keys()
+    for name, value in json.loads(json.dumps(found)).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-12)
 
 
 def test_latents_without_spread_are_refused():
@@ -41,5 +59,5 @@ def test_latents_without_spread_are_refused():
         accumulate(np.ones((2, 4, 4, 3)), []).result("channel")
     with pytest.raises(UserError, match="not finite"):
         accumulate(np.full((2, 4, 4, 3), np.nan), []).result("scalar")
-    with pytest.raises(UserError, match="choose scalar or channel"):
+    with pytest.raises(UserError, match="choose first_batch, scalar, channel"):
         accumulate(Z, []).result("pixel")

@@ -1,6 +1,7 @@
 """Metrics on disk and progress lines."""
 
 import json
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -57,3 +58,21 @@ def test_progress_averages_and_leaves_empty_quartiles_out(capsys):
     assert scalars["images_per_second"] > 0
     assert scalars["data_wait_share"] == pytest.approx(0)
     assert "diffusion: step 2/10, loss 2.0000" in capsys.readouterr().out
+
+
+def test_a_pause_does_not_count_as_time_of_the_steps(capsys):
+    progress = Progress("first stage", start=0, total=4, batch_size=8)
+    progress.step({"loss": jnp.float32(1)})
+    with progress.pause():
+        time.sleep(0.5)
+    scalars = progress.report(1, wait_seconds=0.0)
+    assert scalars["images_per_second"] > 8 / 0.4  # less than 16 with the pause
+    progress.close()
+    assert capsys.readouterr().out.count("first stage: step 1/4") == 1
+
+
+def test_say_prints_a_line(capsys):
+    progress = Progress("first stage", start=0, total=4, batch_size=8)
+    progress.say("warning: this")
+    progress.close()
+    assert capsys.readouterr().out == "warning: this\n"
