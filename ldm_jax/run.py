@@ -13,7 +13,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, images
+from ldm_jax import builders, images, memory
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
 from ldm_jax.data.captions import CaptionedSource
@@ -90,6 +90,7 @@ def _check_parts(
     elif config.first_stage.kind != "identity":
         block = config.first_stage.train
         check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
+        _check_codebook(config)
         judges = first_stage_judges(config, source)
         jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
         d = config.first_stage.discriminator
@@ -101,6 +102,18 @@ def _check_parts(
     if config.train.steps > 0:
         _check_diffusion(config, workdir)
     return judges
+
+
+def _check_codebook(config: ConfigDict) -> None:
+    """Refuses a codebook that cannot be trained in the memory that is free."""
+    c, free = config.first_stage, memory.free_on_device() or memory.free_on_host()
+    # float32 numbers: the codes, their gradient, two moments of it, running means, the next codes
+    need = 4 * 6 * c.codes * c.channels
+    if c.kind == "vq" and free is not None and need > free:
+        raise UserError(
+            f"config.first_stage.codes is {c.codes}: training so many codes of {c.channels} "
+            f"channels takes {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: use fewer"
+        )
 
 
 def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:

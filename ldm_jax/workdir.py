@@ -11,6 +11,7 @@ workdir/
                          or `images` 0 alone where the rule measures nothing
   checkpoints/<step>/    of the diffusion model
   samples/               grids
+  evaluation/            what `evaluate` writes; reconstructions/ is of `reconstruct`
   metrics.jsonl, events.out.tfevents.*, parameters.txt
 """
 

@@ -17,6 +17,7 @@ from PIL import Image
 from test_configs import CONFIGS, load
 
 import ldm_jax
+from ldm_jax import memory
 from ldm_jax.data.transforms import Draw
 from ldm_jax.errors import UserError
 from ldm_jax.run import open_data, run
@@ -189,7 +190,7 @@ def test_sample_command(workdir, tmp_path):
         ("sample", ["--workdir=/nowhere", "--num_samples=0"], "must be at least 1"),
         ("train", [], "no config given"),
         ("train", ["--config=configs/nothing.py"], "no config file configs/nothing.py"),
-        ("train", [f"--config={QUICKSTART}:smok"], "'smoke'"),
+        ("train", [f"--config={QUICKSTART}:smok"], "choose from modern, smoke"),
         ("train", [f"--config={QUICKSTART}", "--config.train.lrr=1"], 'Did you mean "lr"'),
         ("train", [f"--config={QUICKSTART}", "--config.train.steps=many"], "train.steps=many"),
         (
@@ -221,6 +222,15 @@ def test_a_workdir_without_a_checkpoint_is_refused(workdir, tmp_path):
     (tmp_path / "first_stage").symlink_to(workdir / "first_stage")
     with pytest.raises(UserError, match="no checkpoint"):
         ldm_jax.load(tmp_path)
+
+
+def test_a_codebook_beyond_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_on_host", lambda: 10**9)
+    config = load(QUICKSTART, "smoke")
+    config.first_stage.update(kind="vq", codes=10**7)
+    with pytest.raises(UserError, match=r"so many codes of 8 channels takes 1\.9 GB, but 1\.0 GB"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path):

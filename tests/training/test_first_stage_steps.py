@@ -8,10 +8,17 @@ import pytest
 from ldm_jax import builders, images, random
 from ldm_jax import config as config_lib
 from ldm_jax.errors import UserError
+from ldm_jax.first_stage import lpips as lpips_module
 from ldm_jax.first_stage.discriminator import generator_loss
 from ldm_jax.first_stage.losses import reconstruction_loss, regulariser
 from ldm_jax.judges import perceptual_weights
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
+
+
+@pytest.fixture(autouse=True)
+def small_lpips(monkeypatch):
+    monkeypatch.setattr(lpips_module, "VGG16", ((1, 4), (1, 4)))
+
 
 BATCH = {"image": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)}
 
@@ -94,10 +101,21 @@ def test_gradient_is_that_of_the_written_out_loss():
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_black_images_leave_everything_finite(kind):
+    config = toy(kind, perceptual_weight=1.0, lpips="random", learn_log_variance=True)
+    init, step = first_stage_functions(config)
+    state, run = jax.jit(init)(jax.random.key(0)), jax.jit(step)
+    black = {"image": np.zeros((8, 16, 16, 3), np.uint8)}
+    for _ in range(3):
+        state, metrics = run(state, perceptual_weights(config), black, jax.random.key(1))
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((state.params, metrics)))
+
+
 def test_perceptual_term_is_added_and_needs_weights(monkeypatch, tmp_path):
     config = toy(adversarial=0.0, perceptual_weight=1.0, lpips="random")
     _, _, seen = train(config, 1)
-    assert seen[0]["perceptual"] > 0
+    assert seen[0]["perceptual"] != 0
     difference = seen[0]["reconstruction_error"] - seen[0]["reconstruction_mae"]
     np.testing.assert_allclose(difference, seen[0]["perceptual"], rtol=1e-4)
     monkeypatch.setenv("LDM_JAX_WEIGHTS", str(tmp_path))
