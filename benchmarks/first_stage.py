@@ -182,23 +182,32 @@ def results(out: pathlib.Path, names: list[str]) -> Iterator[tuple[str, dict]]:
     """Trains and evaluates the variants that are not there yet; yields what each came to."""
     photos = out / "photos"
     for name in names:
-        workdir = out / name
+        workdir, command = out / name, train_command(name, photos, out / name)
         record = workdir / "result.json"
         if not record.is_file():
-            memory = run(train_command(name, photos, workdir))
+            memory = run(command)
             evaluate = ["-m", "ldm_jax.evaluate", f"--workdir={workdir}", "--split=test"]
             metrics = METRICS[:-1] if name.startswith("small") else METRICS
             which = [f"--source=folder:{photos}", f"--metrics={','.join(metrics)}"]
             run([sys.executable, *evaluate, *which])
             found = json.loads((workdir / "evaluation" / "metrics.json").read_text())
             found["images_per_second"], found["gigabytes"] = images_per_second(workdir), memory
+            found["command"] = command[1:]
             record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        yield name, json.loads(record.read_text(encoding="utf-8"))
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["command"] != command[1:]:
+            raise UserError(f"{workdir} was made with another command: choose another --out")
+        yield name, found
 
 
 def table(rows: list[tuple[str, dict]]) -> str:
     """The results as Markdown."""
+    held_out = rows[0][1]["num_images"]
+    seen = SHARED["first_stage.train.batch_size"] * SHARED["first_stage.train.steps"]
+    small = SHARED["first_stage.train.batch_size"] * SMALL["first_stage.train.steps"]
     lines = [
+        f"After {seen} images (small: {small}), on {held_out} held-out images; one run each.",
+        "",
         "| variant | PSNR, dB | SSIM | LPIPS | rFID | code perplexity | images/s | memory, GB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

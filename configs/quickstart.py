@@ -19,7 +19,6 @@ def get_config(arg=""):
     c.first_stage.latent_scale = "channel"
     c.first_stage.perceptual_weight = 0.0  # an adversary needs more steps than there are
     c.first_stage.discriminator.weight = 0.0
-    c.first_stage.eval.metrics = ("psnr", "ssim")  # which need no download
     c.first_stage.train.update(batch_size=16, steps=300, optimizer="muon", lr=0.02)
     c.first_stage.train.update(warmup_steps=20, lr_decay="cosine", betas=(0.9, 0.99))
     c.first_stage.train.update(log_every=25, picture_every=100, checkpoint_every=100)

@@ -196,30 +196,38 @@ def _check_choices(flat: dict[str, Any]) -> None:
     for name in flat["first_stage.eval.metrics"]:
         if name not in METRICS:
             known = ", ".join(METRICS)
-            raise UserError(f"config.first_stage.eval.metrics names '{name}': choose from {known}")
+            raise UserError(
+                f"config.first_stage.eval.metrics names '{name}': choose from {known}, written as "
+                "\"('psnr','ssim')\""
+            )
     for name in flat["conditioners"]:
         if name not in FIELDS:
             known = ", ".join(FIELDS)
             raise UserError(f"config.conditioners names '{name}': choose from {known}")
 
 
-def _check_levels(c: ConfigDict) -> None:
-    """Checks the values per channel of rounded latents."""
+def _check_codes(c: ConfigDict) -> None:
+    """Checks how codes are made: by a codebook, or by the values of rounded latents."""
+    codebook = c.first_stage.codebook
+    if c.first_stage.kind != "vq" and (codebook.rule != "gradient" or codebook.reset > 0):
+        raise UserError(
+            "config.first_stage.codebook.rule and .reset are for first_stage.kind='vq' only"
+        )
     levels, channels = tuple(c.first_stage.levels), c.first_stage.channels
     if c.first_stage.kind != "fsq":
         if levels:
             raise UserError("config.first_stage.levels are for first_stage.kind='fsq' only")
         return
-    if len(levels) != channels or min(levels) < 2 or math.prod(levels) > MOST_CODES:
+    if len(levels) != channels or min(levels) < 3 or math.prod(levels) > MOST_CODES:
         raise UserError(
             f"config.first_stage.levels is {levels}, but must be {channels} numbers "
-            f"(first_stage.channels) of at least 2, with a product of at most {MOST_CODES}"
+            f"(first_stage.channels) of at least 3, with a product of at most {MOST_CODES}"
         )
 
 
 def _check_sizes(c: ConfigDict) -> None:
     """Checks the values that only make sense together."""
-    _check_levels(c)
+    _check_codes(c)
     for name in ("first_stage", "denoiser"):
         blocks = len(c[name].mult) * c[name].depth * c[name].get("transformer_depth", 1)
         if blocks > MOST_BLOCKS:

@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
                     weight=0.5,  # of the adversarial term, times the adaptive one; 0 = none
                     factor=1.0,  # of both losses from `start` on
                     start=50_001,  # step before which neither network learns from the other
-                    warmup=0,  # steps from `start` on in which only the discriminator learns
+                    warmup=0,  # steps from `start` on before the autoencoder feels it
                     ramp=0,  # steps after these in which the adversarial term rises to its weight
                     lecam=0.0,  # of the LeCam regulariser of its logits; 0 = none
                     lr=0.0,  # of its AdamW; 0 = that of the autoencoder, or a fifth of muon's
@@ -106,7 +106,8 @@ def get_config() -> ConfigDict:
                 eval=dict(  # of the reconstructions, with each picture
                     split="",  # part of the source that is held out; '' = training images
                     images=64,  # how many
-                    metrics=("psnr", "ssim", "lpips"),  # and rfid
+                    # Of psnr, ssim, lpips and rfid; lpips also where there is a perceptual term
+                    metrics=("psnr", "ssim"),
                 ),
                 train=_train_block(lr=3.6e-5, betas=(0.5, 0.9), picture_every=1000),
             ),

@@ -25,10 +25,12 @@ class Judges(NamedTuple):
         networks: of the perceptual term and of the metrics, each where it is needed: 'lpips', the
             parameters of `LPIPS`, and 'inception', the variables of `Inception`.
         images: that are evaluated.
+        metrics: that are taken of them: those of the config, and LPIPS where its network is there.
     """
 
     networks: dict[str, Any]
     images: Source
+    metrics: tuple[str, ...] = ()
 
 
 def perceptual_weights(config: ConfigDict) -> dict[str, Any]:
@@ -73,7 +75,10 @@ def first_stage_judges(config: ConfigDict, source: Source) -> Judges:
     c, networks = config.first_stage, perceptual_weights(config)
     if c.train.picture_every == 0:
         return Judges(networks, source)
-    for metric in c.eval.metrics:
+    metrics = tuple(c.eval.metrics)
+    if networks and c.lpips != "random" and "lpips" not in metrics:
+        metrics += ("lpips",)
+    for metric in metrics:
         if NETWORKS.get(metric) not in networks:
             try:
                 networks |= load_networks([metric], c.lpips)
@@ -82,19 +87,19 @@ def first_stage_judges(config: ConfigDict, source: Source) -> Judges:
                     f"{error}, or leave '{metric}' out of config.first_stage.eval.metrics"
                 ) from error
     images = held_out_images(config, source)
-    if "rfid" in c.eval.metrics and min(c.eval.images, len(images)) < 2:
+    if "rfid" in metrics and min(c.eval.images, len(images)) < 2:
         raise UserError(
             "config.first_stage.eval.metrics has 'rfid', which needs two images at least"
         )
     size = config.data.resolution
     batch = {"image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)}
     batch["valid"] = jax.ShapeDtypeStruct((1,), jnp.bool)
-    measure = functools.partial(measure_batch, config, c.eval.metrics)
+    measure = functools.partial(measure_batch, config, metrics)
     try:
         jax.eval_shape(measure, abstract_first_stage(config), networks, batch)
     except UserError as error:
         raise UserError(f"config.first_stage.eval.metrics: {error}") from error
-    return Judges(networks, images)
+    return Judges(networks, images, metrics)
 
 
 def held_out_images(config: ConfigDict, source: Source) -> Source:
@@ -105,8 +110,14 @@ def held_out_images(config: ConfigDict, source: Source) -> Source:
     """
     data, split = config.data, config.first_stage.eval.split
     if not split:
+        print(
+            "note: reconstructions are evaluated on training images: config.first_stage.eval.split "
+            "may name a part that is held out"
+        )
         return source
     images = open_source(data.source, split=split, where=data.where, label="")
+    if data.source.startswith("tfds:"):
+        return images  # these are named by their place in the split
     trained = {source.name(i) for i in range(len(source))}
     both = sum(images.name(i) in trained for i in range(len(images)))
     if both:

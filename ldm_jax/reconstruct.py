@@ -127,7 +127,7 @@ def _reconstruct(pipe: Pipeline, path: pathlib.Path, factor: int, out: pathlib.P
     pixels = _read(path, factor)
     height, width = pixels.shape[:2]
     need = pipe.memory(height, width, _TILE.value)
-    print(f"{path}: {height}x{width}; memory: {need}", flush=True)
+    print(f"{path}: {height}x{width}; memory: {need.bound()}", flush=True)
     suggested = max(OVERLAP, SUGGESTED_TILE // factor) * factor
     way_out = "use a smaller --tile or image" if _TILE.value else f"use --tile={suggested}"
     need.check_fits(f"{path} ({height}x{width})", way_out)

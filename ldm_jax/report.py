@@ -60,6 +60,8 @@ def evaluate_first_stage(
     networks = _networks(metrics)
     images, record = _open_images(config, source, split)
     mesh, count = make_mesh(), min(num_images or len(images), len(images))
+    if "rfid" in metrics and count < 2:
+        raise UserError("rfid needs two images at least: leave it out of --metrics")
     size = batch_size or PER_DEVICE * mesh.size
     evaluate = evaluator(config, metrics, networks, mesh)
     with tqdm(total=count, unit="image", disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -34,6 +34,7 @@ from ldm_jax.training.sharding import check_batch, make_mesh, replicated
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
+RECORDED_IMAGES = 10_000  # at most so many are measured where the latent scale does not need it
 COMPARED_IMAGES = 20_000  # at most so many training images are searched for nearest neighbours
 
 
@@ -94,10 +95,11 @@ def _check_parts(
         judges = first_stage_judges(config, source)
         jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
         d = config.first_stage.discriminator
-        if d.weight > 0 and d.start >= block.steps:
+        if d.weight > 0 and d.start + d.warmup >= block.steps:
             print(
-                f"note: the discriminator starts at step {d.start}, but the first stage ends at "
-                f"{block.steps}: the adversarial term is never used"
+                f"warning: the adversarial term starts at step {d.start + d.warmup} "
+                f"(config.first_stage.discriminator.start + .warmup), but the first stage ends at "
+                f"{block.steps}: it is never used"
             )
     if config.train.steps > 0:
         _check_diffusion(config, workdir)
@@ -199,7 +201,7 @@ class _Run:
         config, block = self.config, self.config.first_stage.train
         init, step = first_stage_functions(config)
         networks = jax.device_put(judges.networks, replicated(self.mesh))
-        evaluate = evaluator(config, config.first_stage.eval.metrics, networks, self.mesh)
+        evaluate = evaluator(config, judges.metrics, networks, self.mesh)
 
         def picture(state: TrainState, number: int) -> Picture:
             batches = evaluation_batches(
@@ -225,7 +227,13 @@ class _Run:
             picture_at_end=True,
             alarms=lambda scalars: first_stage_alarms(scalars, config),
         )
-        return self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
+        trained = self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(trained))):
+            raise UserError(
+                f"the weights of the first stage in {directory} are not finite: remove its "
+                "checkpoints, and start again with a lower config.first_stage.train.lr"
+            )
+        return trained
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         """A trained first stage's variables, with latents that are not scaled yet."""
@@ -238,11 +246,15 @@ class _Run:
     def _measure(self, frozen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the variables with the scale that the config asks for, and what it is made of."""
         config, rule, statistics = self.config, self.config.first_stage.latent_scale, None
-        if rule in latents_lib.RULES:
+        own = not config.first_stage.weights and config.first_stage.kind != "identity"
+        if rule in latents_lib.RULES or own:
+            count = config.first_stage.stats_images
+            if rule not in latents_lib.RULES:  # for the record
+                count = count or RECORDED_IMAGES
             batches = (
                 latents_lib.first_batch(config, self.source)
                 if rule == "first_batch"
-                else latents_lib.one_pass(config, self.source, config.first_stage.stats_images)
+                else latents_lib.one_pass(config, self.source, count)
             )
             check = lambda: self.interrupts.check("while measuring the latents")  # noqa: E731
             statistics = latents_lib.measure(config, frozen, batches, self.mesh, check)

@@ -16,7 +16,7 @@ from ldm_jax.pipeline import Pipeline
 
 LINES = re.compile(
     r"(?P<source>\S+): (?P<height>\d+)x(?P<width>\d+); memory: at most \d+\.\d\d GB "
-    r"\(weights \d+\.\d\d, one tile \d+\.\d\d, canvas \d+\.\d\d\)\n"
+    r"\(\d+\.\d\d now, one tile \d+\.\d\d, canvas \d+\.\d\d\)\n"
     r"(?P<target>\S+): PSNR (?P<psnr>\d+\.\d\d) dB, \d+\.\d s\n"
 )
 

@@ -18,8 +18,11 @@ def start_averages(codebook: Array) -> Averages:
     return {"use": jnp.ones(len(codebook)), "total": codebook}
 
 
-def update_averages(averages: Averages, z: Array, codes: Array, decay: float) -> Averages:
-    """Takes in the latents (B, h, w, C) of a batch and the codes (B, h, w) nearest to them."""
+def update_averages(averages: Averages, z: Array, codes: Array, decay: Array | float) -> Averages:
+    """Takes in the latents (B, h, w, C) of a batch and the codes (B, h, w) nearest to them.
+
+    `decay` should be small at first, so that what the averages start from is soon forgotten.
+    """
     flat, codes = z.reshape(-1, z.shape[-1]), codes.reshape(-1)
     even = len(codes) / len(averages["use"])
     use = jnp.zeros_like(averages["use"]).at[codes].add(1.0) / even

@@ -20,13 +20,14 @@ from ldm_jax.first_stage.vq import code_counts
 from ldm_jax.nn.layers import along_last
 from ldm_jax.types import Array
 
-MARGIN = 1e-3  # of the range, so that the outermost values are in reach of two levels, too
+MARGIN = 1e-3  # of the range, so that the outermost values are well in reach
 
 
 def bound(z: Array, levels: Sequence[int]) -> Array:
     """Squashes z (..., C) so that rounding gives channel c one of levels[c] values: (..., C).
 
-    The values are whole numbers from -(L // 2) to (L - 1) // 2.
+    The values are whole numbers from -(L // 2) to (L - 1) // 2, for L of at least 3. The paper's
+    code has 1 - margin and tan where there are 1 + margin and artanh here, by which 0 stays 0.
     """
     levels = np.asarray(levels, np.float32)
     half = (levels - 1) * (1 + MARGIN) / 2
@@ -54,7 +55,7 @@ class FSQModel(Autoencoder):
     """Autoencoder with rounded latents: the fields of `Autoencoder`, M = C, and
 
     Attributes:
-        levels: number of values of each channel, at least 2.
+        levels: number of values of each channel, at least 3.
     """
 
     levels: Sequence[int] = ()

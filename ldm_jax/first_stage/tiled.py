@@ -35,9 +35,15 @@ class Memory(NamedTuple):
     tile: int
     canvas: int
 
-    def __str__(self) -> str:
-        total, *parts = (f"{size / 1e9:.2f}" for size in (sum(self), *self))
-        return "at most {} GB (weights {}, one tile {}, canvas {})".format(total, *parts)
+    def bound(self) -> str:
+        """The most that this process will hold, in words, with what it holds already."""
+        held = memory.held_by_process()
+        if memory.free_on_device() is None:  # the weights are among what it holds
+            total = held + self.tile + self.canvas
+            parts = f"{held / 1e9:.2f} now, one tile {self.tile / 1e9:.2f}"
+            return f"at most {total / 1e9:.2f} GB ({parts}, canvas {self.canvas / 1e9:.2f})"
+        device, host = self.weights + self.tile, held + self.canvas
+        return f"at most {device / 1e9:.2f} GB on the device and {host / 1e9:.2f} GB on the host"
 
     def check_fits(self, name: str, way_out: str) -> None:
         """Checks that tile and canvas fit into what is free now; the weights are there already.

@@ -43,6 +43,7 @@ def ssim(images: Array, others: Array) -> Array:
     if min(a.shape[1:3]) < WINDOW:
         size = f"{a.shape[1]}x{a.shape[2]}"
         raise UserError(f"SSIM needs images of at least {WINDOW}x{WINDOW}, got {size}")
+    a, b = a + 1, b + 1  # its luminance term is one of intensities, which are not negative
     mean_a, mean_b = window_means(a), window_means(b)
     var_a = window_means(a * a) - mean_a * mean_a
     var_b = window_means(b * b) - mean_b * mean_b

@@ -21,7 +21,7 @@ from ldm_jax.first_stage.losses import (
     regulariser,
 )
 from ldm_jax.first_stage.lpips import LPIPS
-from ldm_jax.training.ema import ema_update
+from ldm_jax.training.ema import ema_decay, ema_update
 from ldm_jax.training.optim import ADAM_SHARE, learning_rate, make_optimizer, shared_metrics
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array
@@ -158,7 +158,12 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         if c.kind == "vq":
             reset_key = jax.random.fold_in(step_key, image.shape[0] + 1)
             codebook, stats["codebook"] = _tend(
-                c.codebook, params["first_stage"]["codebook"], stats["codebook"], aux, reset_key
+                c.codebook,
+                params["first_stage"]["codebook"],
+                stats["codebook"],
+                aux,
+                ema_decay(state.step + 1, c.codebook.decay),
+                reset_key,
             )
             params["first_stage"] = params["first_stage"] | {"codebook": codebook}
             more["codes_alive"] = codebook_lib.share_alive(stats["codebook"])
@@ -166,6 +171,9 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         if c.ema_decay > 0:
             trained = {"first_stage": params["first_stage"]}
             ema = ema_update(ema, trained, state.step + 1, c.ema_decay)
+            if c.kind == "vq" and (c.codebook.rule == "ema" or c.codebook.reset > 0):
+                # An average already; and one over a reset would lie nowhere.
+                ema = {"first_stage": ema["first_stage"] | {"codebook": codebook}}
         new = TrainState(state.step + 1, params, ema, opt_state, stats)
         shared = shared_metrics(rate, state.step, grads["first_stage"])
         return new, {"loss": value + term, **metrics, **more, **shared}
@@ -190,10 +198,15 @@ def trained_weights(state: TrainState) -> Any:
 
 
 def _tend(
-    c: ConfigDict, codebook: Array, averages: codebook_lib.Averages, aux: Metrics, key: Array
+    c: ConfigDict,
+    codebook: Array,
+    averages: codebook_lib.Averages,
+    aux: Metrics,
+    decay: Array,
+    key: Array,
 ) -> tuple[Array, codebook_lib.Averages]:
     """What happens to a codebook (K, C) beside its gradient, as `first_stage.codebook` says."""
-    averages = codebook_lib.update_averages(averages, aux["latents"], aux["codes"], c.decay)
+    averages = codebook_lib.update_averages(averages, aux["latents"], aux["codes"], decay)
     if c.rule == "ema":
         codebook = codebook_lib.averaged_codebook(averages, codebook)
     if c.reset > 0:

@@ -97,13 +97,13 @@ class Progress:
         """
         rows = jax.device_get(self._pending)
         self._pending = []
-        # A noise quartile without an example is NaN in its row; without any row it is left out.
         columns = {key: np.array([row[key] for row in rows], np.float64) for key in rows[0]}
-        scalars = {
-            key: float(np.nanmean(column))
-            for key, column in columns.items()
-            if not (key.startswith("loss_q") and np.isnan(column).all())
-        }
+        scalars = {}
+        for key, column in columns.items():
+            if key.startswith("loss_q"):  # a noise quartile without an example is NaN in its row
+                column = column[~np.isnan(column)]
+            if column.size:
+                scalars[key] = float(column.mean())
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         waited, self._wait_mark = wait_seconds - self._wait_mark, wait_seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax.data.device import to_device
 from ldm_jax.data.pipeline import Batches
+from ldm_jax.errors import UserError
 from ldm_jax.training.alarms import Alarms
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.interrupt import Interrupted, Interrupts
@@ -106,6 +108,8 @@ def fit(
             # Read once: a signal that comes while this step is written stops after the next one.
             stop = interrupts.requested
             last = stop or step == block.steps
+            if last or step % block.log_every == 0 or step % block.checkpoint_every == 0:
+                check_finite(stage, step, metrics)
             if last or step % block.log_every == 0:
                 scalars = progress.report(step, batches.wait_seconds)
                 if alarms:
@@ -119,16 +123,35 @@ def fit(
                     f"saved {stage.name} at step {step} of {block.steps}; "
                     "the same command goes on from here"
                 )
-            if stage.shows(step):
+            if stage.shows(step) and step < block.steps:
                 # Given up for a signal, which the next step sees too, and then saves.
                 with contextlib.suppress(Interrupted), progress.pause():
                     show(stage.name, step, stage.picture(state, step), writer, progress)
+        # Not in the loop: a run that was stopped here resumes after its last step.
+        if stage.shows(block.steps):
+            show(stage.name, block.steps, stage.picture(state, block.steps), writer, progress)
     finally:
         batches.close()
         progress.close()
         writer.close()
         checkpoints.close()
     return state
+
+
+def check_finite(stage: Stage, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Ends a run whose loss or gradient is no number any more, before it is saved.
+
+    Raises:
+        UserError: one of them is not finite.
+    """
+    for name in ("loss", "grad_norm"):
+        value = float(metrics[name]) if name in metrics else 0.0
+        if not math.isfinite(value):
+            raise UserError(
+                f"{stage.name}: {name} is {value} at step {step}; nothing of it was saved: lower "
+                "the learning rate (train.lr) or set train.grad_clip, and start the command again, "
+                "which goes on from the last checkpoint"
+            )
 
 
 def show(name: str, step: int, picture: Picture, writer: MetricWriter, progress: Progress) -> None:

@@ -18,9 +18,11 @@ class TrainState:
     Attributes:
         step: () int32, updates done.
         params: trained weights, by part of the model.
-        ema_params: moving average of some of them; {} in the first stage, as in the paper.
+        ema_params: moving average of some of them; {} where there is none, as in the paper's first
+            stages.
         opt_state: of the optimiser.
-        stats: running statistics of batch normalisations; {} where there are none.
+        stats: other running statistics, by part: of batch normalisations, of a codebook's use and
+            latents, of the discriminator's logits; {} where there are none.
     """
 
     step: Array

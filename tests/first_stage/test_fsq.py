@@ -10,7 +10,7 @@ import pytest
 from ldm_jax import random
 from ldm_jax.first_stage.fsq import FSQModel, bound, code_numbers, round_through
 
-LEVELS = (8, 5, 2, 3)
+LEVELS = (8, 5, 4, 3)
 
 
 def test_every_value_is_reached_and_no_other():
@@ -29,7 +29,7 @@ def test_zero_is_a_value_and_stays_there():
 def test_codes_are_numbered_without_gaps():
     values = [np.arange(count) - count // 2 for count in LEVELS]
     every = jnp.asarray(list(itertools.product(*values)), jnp.float32)
-    np.testing.assert_array_equal(np.sort(code_numbers(every, LEVELS)), np.arange(8 * 5 * 2 * 3))
+    np.testing.assert_array_equal(np.sort(code_numbers(every, LEVELS)), np.arange(8 * 5 * 4 * 3))
 
 
 def test_gradient_passes_the_rounding():
@@ -56,12 +56,12 @@ def test_decoding_the_latents_before_rounding_gives_the_reconstruction(model):
     np.testing.assert_array_equal(latents, aux["latents"])
     decoded = net.apply(variables, latents, method="decode")
     np.testing.assert_allclose(decoded, reconstruction, atol=1e-5)  # of the same rounded numbers
-    assert aux["code_counts"].shape == (240,) and float(aux["code_counts"].sum()) == 2 * 4 * 6
+    assert aux["code_counts"].shape == (480,) and float(aux["code_counts"].sum()) == 2 * 4 * 6
 
 
 def test_latents_beyond_the_values_are_clipped(model):
     net, variables, _ = model
     far = jnp.full((1, 4, 4, 4), 9.0)
-    outermost = jnp.broadcast_to(jnp.float32([[[[3 / 4, 1.0, 0.0, 1.0]]]]), far.shape)
+    outermost = jnp.broadcast_to(jnp.float32([[[[3 / 4, 1.0, 1 / 2, 1.0]]]]), far.shape)
     decoded = net.apply(variables, jnp.concatenate([far, outermost]), method="decode")
     np.testing.assert_array_equal(decoded[0], decoded[1])

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +182,7 @@ def test_a_pipeline_in_tiles(pipe):
             np.testing.assert_array_equal(decoded[image, next(pair)], tile[next(pair)])
 
 
-def test_memory_is_that_of_a_tile(pipe):
+def test_memory_is_that_of_a_tile(pipe, monkeypatch):
     whole, tiles = pipe.memory(512, 256), pipe.memory(512, 256, tile=32)
     assert tiles.weights == whole.weights
     assert tiles.weights == sum(x.nbytes for x in jax.tree.leaves(pipe.variables))
@@ -190,8 +192,11 @@ def test_memory_is_that_of_a_tile(pipe):
     assert whole.tile > 2 * 512 * 256 * features
     assert tiles.tile < 100 * 32 * 32 * features + memory.SCRATCH_BYTES
     assert pipe.memory(1024, 1024, tile=32).tile == tiles.tile
-    text = f"at most {sum(whole) / 1e9:.2f} GB (weights 0.00, one tile {whole.tile / 1e9:.2f}, "
-    assert str(whole) == text + "canvas 0.00)"
+    monkeypatch.setattr(memory, "held_by_process", lambda: 10**9)
+    text = f"at most {1 + (whole.tile + whole.canvas) / 1e9:.2f} GB (1.00 now, one tile "
+    assert whole.bound() == text + f"{whole.tile / 1e9:.2f}, canvas 0.00)"
+    monkeypatch.setattr(memory, "free_on_device", lambda: 10**9)
+    assert re.fullmatch(r"at most \S+ GB on the device and 1\.00 GB on the host", whole.bound())
 
 
 @pytest.mark.parametrize(

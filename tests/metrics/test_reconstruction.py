@@ -11,7 +11,7 @@ from ldm_jax.metrics.reconstruction import psnr, ssim
 from ldm_jax.training.sharding import make_mesh
 
 RNG = np.random.default_rng(0)
-C1, C2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def pairs(count=3, height=14, width=17, channels=3, noise=40):
@@ -23,8 +23,8 @@ def pairs(count=3, height=14, width=17, channels=3, noise=40):
 
 
 def ssim_by_loops(a, b):
-    """The formula of the paper for (H, W, C), window by window, in float64."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    """The formula of the paper for (H, W, C), window by window, in float64 grey levels."""
+    a, b = (127.5 * (x.astype(np.float64) + 1) for x in (a, b))
     weights = np.zeros((11, 11))
     for i in range(11):
         for j in range(11):
@@ -47,13 +47,14 @@ def test_ssim_is_that_of_the_paper():
     a, b = pairs()
     want = [ssim_by_loops(x, y) for x, y in zip(a, b, strict=True)]
     assert 0.3 < min(want) and max(want) < 0.95  # neither end of the scale
-    # float32: windows' variances are differences of means, good to 1e-6 of C2 = 0.0036.
+    # float32: windows' variances are differences of means, good to 1e-6 of the range's square.
     np.testing.assert_allclose(ssim(a, b), want, rtol=0, atol=1e-4)
 
 
 def test_ssim_of_constant_images_is_the_luminance_term():
     a, b = (np.full((1, 12, 12, 3), x, np.float32) for x in (0.5, -0.25))
-    want = (2 * 0.5 * -0.25 + C1) / (0.5**2 + 0.25**2 + C1)
+    x, y = 127.5 * 1.5, 127.5 * 0.75  # grey levels
+    want = (2 * x * y + C1) / (x**2 + y**2 + C1)
     np.testing.assert_allclose(ssim(a, b), want, rtol=0, atol=1e-4)
 
 

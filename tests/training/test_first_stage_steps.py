@@ -12,6 +12,7 @@ from ldm_jax.first_stage import lpips as lpips_module
 from ldm_jax.first_stage.discriminator import generator_loss
 from ldm_jax.first_stage.losses import reconstruction_loss, regulariser
 from ldm_jax.judges import perceptual_weights
+from ldm_jax.run import run
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 
 
@@ -57,7 +58,7 @@ def test_learns_one_batch(kind, adversarial):
     if adversarial:  # it learns to tell the two apart, until the autoencoder has caught up
         gaps = [row["logits_real"] - row["logits_generated"] for row in seen]
         losses = [row["discriminator"] for row in seen]
-        assert max(gaps) > 3 * gaps[0] and min(losses) < 0.95 * losses[0]
+        assert max(gaps) > gaps[0] + 0.02 and min(losses) < losses[0]
     assert state.params.keys() == (
         {"first_stage", "discriminator"} if adversarial else {"first_stage"}
     )
@@ -130,7 +131,7 @@ def test_warm_up_then_ramp_of_the_adversarial_term():
     first, _, seen = train(config, 6)
     factors = [row["adversarial_factor"] for row in seen]
     np.testing.assert_allclose(factors, [0, 0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)
-    # In the warm-up the discriminator learns, and only it.
+    # In the warm-up the discriminator learns, and the autoencoder does not feel it.
     _, begun, _ = train(config, 2)
     _, alone, _ = train(toy(adversarial=0.0), 2)
     assert distance(first.params["discriminator"], begun.params["discriminator"]) > 0
@@ -161,37 +162,49 @@ def test_learnt_log_variance_nears_the_logarithm_of_the_error(adversarial):
     assert abs(float(state.params["observation"]["log_variance"]) - wanted) < 0.3 < -wanted
 
 
-def test_lecam_holds_the_logits_together():
-    free, held = toy(start=0), toy(start=0)
-    for config in (free, held):
-        config.first_stage.train.lr = 1e-3
-    held.first_stage.discriminator.lecam = 10.0
-    gaps = []
-    for config in (free, held):
-        seen = train(config, 25)[2]
-        gaps.append(max(row["logits_real"] - row["logits_generated"] for row in seen))
-    assert gaps[1] < 0.7 * gaps[0]
-    _, state, seen = train(held, 1)  # its averages move by a hundredth per step
-    np.testing.assert_allclose(
-        state.stats["logits"]["real"], 0.01 * seen[0]["logits_real"], rtol=1e-5
-    )
+def test_lecam_remembers_both_logits():
+    config = toy(start=0)
+    config.first_stage.discriminator.lecam = 1.0
+    _, state, seen = train(config, 2)
+    for name in ("real", "generated"):  # averages from 0 that move by a hundredth per step
+        values = [row[f"logits_{name}"] for row in seen]
+        wanted = 0.99 * 0.01 * values[0] + 0.01 * values[1]
+        np.testing.assert_allclose(state.stats["logits"][name], wanted, rtol=1e-4)
+    real, generated = seen[0]["logits_real"], seen[0]["logits_generated"]
+    # At averages of 0 it is the mean square of the logits.
+    assert seen[0]["lecam"] >= real**2 + generated**2
+
+
+def test_discriminator_learns_by_adamw_at_its_own_rate():
+    def moved(**changes):
+        config = toy(start=0)
+        config.first_stage.train.update(lr=0.01, optimizer=changes.pop("optimizer", "adamw"))
+        config.first_stage.discriminator.update(changes)
+        first, state, _ = train(config, 1)
+        return distance(first.params["discriminator"], state.params["discriminator"])
+
+    # The first step of Adam is the learning rate, whatever the gradient.
+    np.testing.assert_allclose(moved(), 0.01, rtol=1e-3)
+    np.testing.assert_allclose(moved(lr=1e-3), 1e-3, rtol=1e-3)
+    np.testing.assert_allclose(moved(optimizer="muon"), 0.2 * 0.01, rtol=1e-3)
+    assert moved(factor=0.0) == 0
 
 
 @pytest.mark.parametrize("rule", ["gradient", "ema"])
 def test_unused_codes_come_back(rule):
     def alive(reset):
         config = toy("vq", adversarial=0.0, codes=256)
-        config.first_stage.codebook.update(rule=rule, reset=reset, decay=0.8)
-        return train(config, 30)[2][-1]
+        config.first_stage.codebook.update(rule=rule, reset=reset)
+        return train(config, 20)[2][-1]
 
     without, with_reset = alive(0.0), alive(0.05)
-    assert with_reset["codes_alive"] > without["codes_alive"]
+    assert with_reset["codes_alive"] > without["codes_alive"] < 0.5
     assert with_reset["code_perplexity"] > 2 * without["code_perplexity"]
 
 
 def test_codebook_by_averages_has_no_gradient_and_follows_the_latents():
     config = toy("vq", adversarial=0.0)
-    config.first_stage.codebook.update(rule="ema", decay=0.0)
+    config.first_stage.codebook.update(rule="ema", decay=0.0)  # no memory
     first, state, _ = train(config, 1)
     module = builders.build_first_stage(config)
     params = {"params": first.params["first_stage"]}
@@ -211,3 +224,33 @@ def test_fsq_trains():
     assert seen[-1]["reconstruction"] < 0.9 * seen[0]["reconstruction"]
     assert 1 < seen[-1]["code_perplexity"] <= 60 and "codebook" not in seen[-1]
     assert "codebook" not in state.stats
+
+
+def test_resumed_with_every_option_ends_with_the_same_bits(tmp_path):
+    config = toy("vq", start=0, ema_decay=0.9, learn_log_variance=True)
+    config.first_stage.discriminator.update(lecam=0.1, warmup=1, ramp=2)
+    config.first_stage.codebook.update(rule="ema", reset=0.05)
+    config.first_stage.train.update(steps=4, checkpoint_every=2, picture_every=0, log_every=1)
+    config.data.update(source="emoji", split="train[:16]", threads=1)
+    config.first_stage.stats_images, config.train.steps = 8, 0
+    run(config, tmp_path / "whole")
+    config.first_stage.train.steps = 2
+    run(config, tmp_path / "parts")
+    (tmp_path / "parts" / "first_stage" / "weights.safetensors").unlink()
+    config.first_stage.train.steps = 4
+    run(config, tmp_path / "parts", allow_config_change=True)
+    whole, parts = (
+        (tmp_path / name / "first_stage" / "weights.safetensors").read_bytes()
+        for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_a_start_beyond_the_end_is_warned_of(tmp_path, capsys):
+    config = toy(start=1)
+    config.first_stage.discriminator.warmup = 1
+    config.first_stage.train.update(steps=2, picture_every=0)
+    config.data.update(source="emoji", split="train[:8]", threads=1)
+    config.first_stage.stats_images, config.train.steps = 8, 0
+    run(config, tmp_path / "run")
+    assert "warning: the adversarial term starts at step 2" in capsys.readouterr().out
