@@ -85,6 +85,7 @@ def build_denoiser(config: ConfigDict) -> nn.Module:
 
 def build_conditioner(config: ConfigDict) -> nn.Module:
     """Returns the module batch -> Condition; without conditioners, the empty Condition."""
+    none = config.layout.vocab_size - 1
     blocks = {
         "label": lambda: LabelEmbedder(
             num_classes=config.label.num_classes,
@@ -99,7 +100,9 @@ def build_conditioner(config: ConfigDict) -> nn.Module:
             depth=config.layout.depth,
             length=config.layout.length,
             field="boxes",
-            null_tokens=(),
+            # The empty layout: no box, and no crop.
+            null_tokens=(none,) * config.layout.length if config.layout.null else (),
+            pad_token=none,
             dtype=jnp.dtype(config.train.dtype),
         ),
         "segmentation": lambda: SpatialRescaler(
@@ -107,7 +110,7 @@ def build_conditioner(config: ConfigDict) -> nn.Module:
             channels=config.segmentation.channels,
             stages=config.segmentation.stages,
         ),
-        "low_res": LowRes,
+        "low_res": lambda: LowRes(config_lib.latent_size(config)),
         "inpainting": Inpainting,
     }
     return Compose(parts=tuple(blocks[name]() for name in config.conditioners))

@@ -61,10 +61,14 @@ _AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), MOST_CODES)
 _AT_MOST |= {"diffusion.steps": 10**6}
 _PAIRS = {"betas", "beta"}
 _NAMES = {"fields", "conditioners", "metrics"}
+# Fields that are drawn anew whenever an example is seen, and those that go with places in it.
+DRAWN, PLACED = ("low_res", "masked_image", "mask"), ("boxes", "segmentation")
 METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
 _SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
 CHOICES = {
     "data.crop": ("center", "random"),
+    "data.low_res.degradation": ("bicubic", "bsr"),
+    "data.mask": ("thin", "medium", "thick", "box", "mixed"),
     "first_stage.kind": ("kl", "vq", "fsq", "identity"),
     "first_stage.loss": ("l1", "l2"),
     "first_stage.discriminator.loss": ("hinge", "vanilla"),
@@ -106,6 +110,7 @@ def downsampling(config: ConfigDict) -> int:
 def has_null(config: ConfigDict) -> bool:
     """Tells whether every conditioner has a null condition, so that guidance is possible."""
     null = {"label": config.label.null, "text": bool(config.text.null_tokens)}
+    null["layout"] = config.layout.null
     return bool(config.conditioners) and all(null.get(name, False) for name in config.conditioners)
 
 
@@ -264,6 +269,24 @@ def _check_sizes(c: ConfigDict) -> None:
     _check_conditions(c)
     if c.data.cache_latents and c.data.crop != "center":
         raise UserError("config.data.cache_latents needs config.data.crop='center'")
+    for field in c.data.fields:
+        if c.data.cache_latents and field in DRAWN:
+            raise UserError(
+                f"config.data.cache_latents cannot be used with the field '{field}', which is made "
+                "anew each time: set it to False"
+            )
+        if c.data.cache_latents and c.data.flip and field in PLACED:
+            raise UserError(
+                f"config.data.cache_latents needs config.data.flip=False for the field '{field}'"
+            )
+    if "low_res" in c.conditioners:
+        factor, latent = c.data.low_res.factor, size // f
+        small = size // factor if factor >= 1 and size % factor == 0 else 0
+        if not small or (small % latent and latent % small):
+            raise UserError(
+                f"config.data.low_res.factor is {factor}: it must divide data.resolution {size} "
+                f"into a side that divides that of the latents, {latent}, or is divided by it"
+            )
 
 
 def _check_conditions(c: ConfigDict) -> None:

@@ -24,9 +24,10 @@ from ldm_jax.checks import (
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 from ldm_jax.published import use_first_stage
+from ldm_jax.small import use_small_model
 
 __all__ = ["FIELDS", "METRICS", "MOST_LEVELS", "check", "downsampling", "flatten", "get_config"]
-__all__ += ["has_null", "use_first_stage"]
+__all__ += ["has_null", "use_first_stage", "use_small_model"]
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -38,6 +39,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c = ConfigDict(config).copy_and_resolve_references()
     if not c.data.source.startswith("emoji"):
         c.data.update(source="emoji", split="train", where="", label="label")
+    if {"boxes", "segmentation"} & set(c.data.fields):
+        c.data.update(source="scenes", split="train[:256]", flip=False)
     c.data.update(resolution=32, crop="center", threads=2)
     c.first_stage.update(width=32, depth=1, mult=c.first_stage.mult[:2], norm_groups=8)
     c.first_stage.update(codes=min(c.first_stage.codes, 64))
@@ -61,7 +64,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         c.text.update(null_tokens=(1, 2), pad_token=0)
     c.layout.update(vocab_size=min(c.layout.vocab_size, 64), width=64, depth=1, length=12)
     # The map must arrive at the latents' size, which has changed with the first stage's levels.
-    c.segmentation.update(num_classes=min(c.segmentation.num_classes, 8))
+    c.segmentation.update(num_classes=min(c.segmentation.num_classes, 16))
     c.segmentation.stages = (downsampling(c) - 1).bit_length()
     for block in (c.first_stage.train, c.train):
         steps = min(block.steps, 2)  # 0 means that there is no such stage

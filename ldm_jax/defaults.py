@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
             name="",  # the config file's name; set by the command line, names the workdir
             seed=0,  # of initial weights, data order and all noise
             data=dict(
-                source="emoji",  # emoji | folder:PATH | tfds:NAME
+                source="emoji",  # emoji | scenes | folder:PATH | tfds:NAME
                 split="train",  # part of the source, e.g. train, test, train[:90%]
                 where="",  # keep the examples with COLUMN=VALUE in the metadata; '' = all
                 label="label",  # metadata column that serves as the field `label`
@@ -50,6 +50,11 @@ def get_config() -> ConfigDict:
                 crop="center",  # center | random (a square of 0.5 to 1.0 of the shorter side)
                 flip=True,  # mirror half of the images
                 threads=8,  # that read and decode
+                low_res=dict(  # of the field `low_res`, which is made of the image
+                    factor=4,  # how much smaller
+                    degradation="bicubic",  # bicubic | bsr (blur, noise and JPEG in random order)
+                ),
+                mask="mixed",  # holes of the field `mask`: thin | medium | thick | box | mixed
                 cache_latents=False,  # encode the set once and keep its moments in host memory
             ),
             first_stage=dict(
@@ -152,7 +157,8 @@ def get_config() -> ConfigDict:
                 vocab_size=8192,  # classes and quantised corners
                 width=512,  # of the tokens
                 depth=16,  # layers
-                length=92,  # tokens: three per box, and padding
+                length=92,  # tokens: three per box, padding, and two of the crop if there is room
+                null=False,  # the empty layout is the null condition for guidance
             ),
             segmentation=dict(
                 num_classes=182,

@@ -35,13 +35,13 @@ class Field(NamedTuple):
 
 def specify(config: ConfigDict) -> dict[str, Field]:
     """Returns what each field that the config's conditioners read must look like."""
-    size, latent = config.data.resolution, config_lib.latent_size(config)
+    size, small = config.data.resolution, config.data.resolution // config.data.low_res.factor
     all_fields = {
         "label": Field((), np.int32, 0, config.label.num_classes - 1),
         "tokens": Field((config.text.length,), np.int32, 0, config.text.vocab_size - 1),
         "boxes": Field((config.layout.length,), np.int32, 0, config.layout.vocab_size - 1),
         "segmentation": Field((size, size), np.int32, 0, config.segmentation.num_classes - 1),
-        "low_res": Field((latent, latent, 3), np.float32, -1, 1),
+        "low_res": Field((small, small, 3), np.float32, -1, 1),
         "masked_image": Field((size, size, 3), np.float32, -1, 1),
         "mask": Field((size, size, 1), np.float32, -1, 1),
     }

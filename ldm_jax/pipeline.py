@@ -14,13 +14,17 @@ from ml_collections import ConfigDict
 from ldm_jax import builders, images, random
 from ldm_jax import config as config_lib
 from ldm_jax import fields as fields_lib
+from ldm_jax.arguments import check_pixels, check_rows, check_seeds
+from ldm_jax.data.task_fields import mask_out
 from ldm_jax.diffusion import samplers
-from ldm_jax.diffusion.guidance import make_denoise
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.tiled import Memory, Progress, TiledFirstStage, check_sides
+from ldm_jax.networks import Networks, jitted
 from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
+# Fields of the size of the images.
+PLACED = ("segmentation", "low_res", "masked_image")
 # What works without a part, or how to get it.
 MISSING = {
     "denoiser": "it can encode and decode, but not sample",
@@ -53,21 +57,12 @@ class Pipeline:
         self.tokenizer = tokenizer
         self._mesh = make_mesh()
         self.variables = jax.device_put(variables, replicated(self._mesh))
-        self._first_stage = builders.build_first_stage(config)
-        self._denoiser = builders.build_denoiser(config)
-        self._conditioner = builders.build_conditioner(config)
+        self._networks = Networks(config)
+        self._jit = jitted(self._networks)
         self._schedule = builders.build_schedule(config)
-        # Bound methods would make every Pipeline's caches global; these belong to this one.
-        self._generate_jit = jax.jit(
-            self._generate, static_argnames=("sampler", "guided", "decode")
-        )
-        self._encode_jit = jax.jit(self._encode)
-        self._decode_jit = jax.jit(self._decode)
-        self._denoise_jit = jax.jit(self._denoise)
-        self._condition_jit = jax.jit(self._condition)
         self._tiled = TiledFirstStage(
-            self._encode_jit,
-            self._decode_jit,
+            self._jit["encode"],
+            self._jit["decode"],
             config_lib.downsampling(config),
             config_lib.latent_channels(config),
         )
@@ -86,6 +81,13 @@ class Pipeline:
         spacing: str | None = None,
         batch_size: int | None = None,
         noise: Any | None = None,
+        negative: Mapping[str, Any] | None = None,
+        init_image: Any | None = None,
+        strength: float = 1.0,
+        image: Any | None = None,
+        hole: Any | None = None,
+        grey: Any | None = None,
+        size: tuple[int, int] | None = None,
         decode: bool = True,
     ) -> np.ndarray:
         """Makes one image per seed; image i depends on seed i and its condition alone.
@@ -104,6 +106,15 @@ class Pipeline:
                 trailing or karras.
             batch_size: images at a time; rounded up to a multiple of the number of devices.
             noise: (B, h, w, C) float32 to start from, in place of the seeds' own.
+            negative: batch fields that guidance leads away from, in place of the null condition.
+            init_image: (B, H, W, 3) uint8 to start from, such as strokes of colour (Meng et al.
+                2022); `strength` says how much of it may change.
+            strength: share of the steps that are made, above 0; 1 without `init_image`.
+            image: (B, H, W, 3) uint8 of which everything outside `hole` is kept, pixel by pixel.
+                A model trained for inpainting takes both as its condition.
+            hole: (B, H, W) bool, True where the image is to be made.
+            grey: (B, H, W) uint8, the luma that the result shall have.
+            size: (height, width) of the images in pixels; the training resolution by default.
             decode: False returns the latents.
 
         Returns:
@@ -115,41 +126,93 @@ class Pipeline:
         s = self.config.sample
         choose = lambda value, default: default if value is None else value  # noqa: E731
         sampler, scale = choose(sampler, s.sampler), choose(guidance_scale, s.guidance_scale)
+        if strength != 1 and init_image is None:
+            raise UserError(f"strength is {strength:g}, but there is no init_image to start from")
         table = samplers.make_table(
             sampler,
             self._schedule,
             choose(steps, s.steps),
             samplers.nearest_eta(sampler, s.eta) if eta is None else eta,
             choose(spacing, s.spacing),
+            strength,
         )
-        self._need("denoiser", "conditioner", *(["first_stage"] if decode else []))
-        seeds = _check_seeds(seeds)
+        given = {"init_image": init_image, "image": image, "grey": grey}
+        pixels = decode or any(value is not None for value in given.values())
+        self._need("denoiser", "conditioner", *(["first_stage"] if pixels else []))
+        seeds, size = check_seeds(seeds), self.check_size(size)
+        if (image is None) != (hole is None):
+            raise UserError("give image and hole together: what is kept, and where it is not")
+        arrays = {
+            name: check_rows(name, x, (len(seeds), *size, 3))
+            for name, x in given.items()
+            if name != "grey"
+        }
+        grey = check_rows("grey", grey, (len(seeds), *size))
+        hole = check_rows("hole", hole, (len(seeds), *size))
+        condition = dict(condition or {})
+        if image is not None and "inpainting" in self.config.conditioners:
+            rows = [mask_out(*pair) for pair in zip(arrays["image"], hole, strict=True)]
+            condition |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         fields = self._fields(condition, len(seeds))
-        guided = scale != 1 and fields is not None
+        guided = scale != 1 and (fields is not None or negative is not None)
         if scale != 1 and not config_lib.has_null(self.config):
             raise UserError(
                 f"guidance_scale is {scale}, but this model has no null condition to guide away "
                 "from: use 1"
             )
+        if negative is not None and scale == 1:
+            raise UserError("a negative condition needs a guidance_scale other than 1")
+        shape = self._latent_shape(size)
         if noise is not None:
             noise = np.asarray(noise, np.float32)
-            if noise.shape != (len(seeds), *self.latent_shape):
+            if noise.shape != (len(seeds), *shape):
                 raise UserError(
-                    f"noise has the shape {noise.shape}, but must be "
-                    f"{(len(seeds), *self.latent_shape)}"
+                    f"noise has the shape {noise.shape}, but must be {(len(seeds), *shape)}"
                 )
-
-        run = functools.partial(self._generate_jit, sampler=sampler, guided=guided, decode=decode)
-        return self._in_batches(
+        run = functools.partial(
+            self._jit["generate"], sampler=sampler, size=shape[:2], guided=guided, decode=decode
+        )
+        made = self._in_batches(
             lambda part: run(
-                self.variables,
-                part,
-                jnp.float32(scale),
-                jax.tree.map(jnp.asarray, table),
+                self.variables, part, jnp.float32(scale), jax.tree.map(jnp.asarray, table)
             ),
-            {"seeds": seeds, "fields": fields, "noise": noise},
+            {
+                "seeds": seeds,
+                "fields": fields,
+                "negative": None if negative is None else self._fields(negative, len(seeds)),
+                "noise": noise,
+                "start": arrays["init_image"],
+                "image": arrays["image"],
+                "hole": hole,
+                "grey": None if grey is None else images.to_float(grey),
+            },
             choose(batch_size, s.batch_size),
         )
+        if image is not None and decode:
+            made = np.where(hole[..., None], made, arrays["image"])
+        return made
+
+    def check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Returns (height, width) in pixels, by default the training size, if it can be made.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if size is None:
+            return (self.config.data.resolution,) * 2
+        unit = config_lib.downsampling(self.config) * 2 ** (len(self.config.denoiser.mult) - 1)
+        if min(size) < 1 or size[0] % unit or size[1] % unit:
+            raise UserError(
+                f"images of {size[0]}x{size[1]} (height x width): this model makes multiples of "
+                f"{unit}"
+            )
+        fixed = set(fields_lib.specify(self.config)) & set(PLACED)
+        if fixed and tuple(size) != (self.config.data.resolution,) * 2:
+            raise UserError(
+                f"a model with the condition '{sorted(fixed)[0]}' makes images of its training "
+                f"size, {self.config.data.resolution}x{self.config.data.resolution}, only"
+            )
+        return tuple(size)
 
     def _need(self, *parts: str) -> None:
         """Raises UserError unless there are weights of these parts."""
@@ -157,48 +220,21 @@ class Pipeline:
             if part not in self.variables:
                 raise UserError(f"this model has no weights of its {part}: {MISSING[part]}")
 
+    def initial_noise(
+        self, seeds: Sequence[int], size: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """The noise (B, h, w, C) that the images of these seeds start from."""
+        keys = random.seed_keys(check_seeds(seeds))
+        return np.asarray(samplers.initial_noise(keys, self._latent_shape(self.check_size(size))))
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, C) of one image's latents."""
-        size = config_lib.latent_size(self.config)
-        return (size, size, config_lib.latent_channels(self.config))
+        """(h, w, C) of one image's latents, at the training resolution."""
+        return self._latent_shape((self.config.data.resolution,) * 2)
 
-    def _generate(
-        self,
-        variables: dict[str, Any],
-        inputs: dict[str, Any],
-        guidance_scale: Array,
-        table: samplers.Table,
-        *,
-        sampler: str,
-        guided: bool,
-        decode: bool,
-    ) -> Array:
-        """The whole way from seeds to pixels, as one program."""
-        keys = random.seed_keys(inputs["seeds"])
-        noise = inputs["noise"]
-        if noise is None:
-            noise = samplers.initial_noise(keys, self.latent_shape)
-        batch_size = noise.shape[0]
-        null = self._null(variables, batch_size) if config_lib.has_null(self.config) else None
-        cond = null
-        if inputs["fields"] is not None:
-            cond = self._condition(variables, inputs["fields"])
-
-        def apply(x_t: Array, t: Array, cond: Condition) -> Array:
-            return self._denoiser.apply({"params": variables["denoiser"]}, x_t, t, cond)
-
-        denoise = make_denoise(
-            apply,
-            self.config.diffusion.predict,
-            cond if cond is not None else Condition(),
-            null if guided else None,
-            guidance_scale,
-        )
-        latents = samplers.sample(denoise, noise, keys, table, samplers.SAMPLERS[sampler])
-        if not decode:
-            return latents
-        return images.to_uint8(self._decode(variables, latents))
+    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        factor = config_lib.downsampling(self.config)
+        return (size[0] // factor, size[1] // factor, config_lib.latent_channels(self.config))
 
     def _in_batches(self, run: Any, inputs: dict[str, Any], batch_size: int) -> np.ndarray:
         """Runs equal batches, the last one padded, and joins the results."""
@@ -222,7 +258,7 @@ class Pipeline:
         """Encodes batch fields, e.g. {'label': [3, 5]}, into what the denoiser takes."""
         self._need("conditioner")
         checked = self._fields(fields, len(next(iter(fields.values()))) if fields else 0)
-        return self._condition_jit(self.variables, checked)
+        return self._jit["condition"](self.variables, checked)
 
     def null_condition(self, batch_size: int) -> Condition:
         """Returns the empty condition of classifier-free guidance.
@@ -231,7 +267,7 @@ class Pipeline:
             UserError: the model was trained without one.
         """
         self._need("conditioner")
-        return self._null(self.variables, batch_size)
+        return self._networks.null(self.variables, batch_size)
 
     def label(self, text: str | int) -> int:
         """Returns the class number that a number or a class name stands for.
@@ -273,17 +309,6 @@ class Pipeline:
             raise UserError("text must be a list of captions")
         return self.tokenizer(list(captions))
 
-    def _condition(self, variables: dict[str, Any], fields: dict[str, Array]) -> Condition:
-        encode = functools.partial(
-            self._first_stage.apply, variables.get("first_stage"), method="encode"
-        )
-        batch = fields_lib.add_latents(fields, encode)
-        return self._conditioner.apply({"params": variables["conditioner"]}, batch)
-
-    def _null(self, variables: dict[str, Any], batch_size: int) -> Condition:
-        params = {"params": variables["conditioner"]}
-        return self._conditioner.apply(params, batch_size, method="null")
-
     # -- the parts on their own -----------------------------------------------------------------
 
     def encode(
@@ -302,9 +327,9 @@ class Pipeline:
             UserError: no first stage, or images or a tile that it cannot take.
         """
         self._need("first_stage")
-        pixels = _check_pixels(pixels, self._tiled.factor)
+        pixels = check_pixels(pixels, self._tiled.factor)
         if tile is None:
-            return self._encode_jit(self.variables, pixels)
+            return self._jit["encode"](self.variables, pixels)
         return self._tiled.encode(self.variables, pixels, tile, progress)
 
     def decode(
@@ -320,7 +345,7 @@ class Pipeline:
             raise UserError(f"latents have the shape {shape}, but must be (B, h, w, {channels})")
         if tile is None:
             latents = jnp.asarray(latents, jnp.float32)
-            return jnp.clip(self._decode_jit(self.variables, latents), -1, 1)
+            return jnp.clip(self._jit["decode"](self.variables, latents), -1, 1)
         latents = np.asarray(latents, np.float32)
         decoded = self._tiled.decode(self.variables, latents, tile, progress)
         return np.clip(decoded, -1, 1, out=decoded)
@@ -343,43 +368,4 @@ class Pipeline:
         if cond is None:
             cond = self.null_condition(len(z_t)) if self.config.conditioners else Condition()
         z_t, t = jnp.asarray(z_t, jnp.float32), jnp.asarray(t, jnp.int32)
-        return self._denoise_jit(self.variables, z_t, t, cond)
-
-    def _encode(self, variables: dict[str, Any], pixels: Array) -> Array:
-        pixels = images.to_float(pixels) if pixels.dtype == jnp.uint8 else pixels
-        moments = self._first_stage.apply(variables["first_stage"], pixels, method="moments")
-        return self._first_stage.apply(variables["first_stage"], moments, method="mode")
-
-    def _decode(self, variables: dict[str, Any], latents: Array) -> Array:
-        return self._first_stage.apply(variables["first_stage"], latents, method="decode")
-
-    def _denoise(self, variables: dict[str, Any], z_t: Array, t: Array, cond: Condition) -> Array:
-        return self._denoiser.apply({"params": variables["denoiser"]}, z_t, t, cond)
-
-
-def _check_seeds(seeds: Sequence[int]) -> np.ndarray:
-    seeds = np.asarray(seeds)
-    if seeds.ndim != 1 or not len(seeds) or seeds.dtype.kind not in "iu":
-        raise UserError("seeds must be a list of at least one whole number")
-    if seeds.min() < 0 or seeds.max() >= 2**32:
-        raise UserError("seeds must lie in 0 to 4294967295")
-    return seeds.astype(np.uint32)
-
-
-def _check_pixels(pixels: Any, factor: int) -> np.ndarray:
-    """Returns uint8 or finite float32 images with sides that `factor` divides, or raises."""
-    pixels = np.asarray(pixels)
-    if pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise UserError(
-            f"images have the shape {pixels.shape}, but must be (B, H, W, 3): "
-            "ldm_jax.data.decode.decode_image makes RGB of any file"
-        )
-    check_sides(*pixels.shape[1:3], factor)
-    if pixels.dtype == np.uint8:
-        return pixels
-    if not jnp.issubdtype(pixels.dtype, jnp.floating):
-        raise UserError(f"images are {pixels.dtype}, but must be uint8, or float32 in [-1, 1]")
-    pixels = pixels.astype(np.float32)
-    if not np.isfinite(pixels).all():
-        raise UserError("images hold NaN or infinite values: give uint8, or float32 in [-1, 1]")
-    return pixels
+        return self._jit["denoise"](self.variables, z_t, t, cond)

@@ -13,24 +13,24 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, images, memory
 from ldm_jax import config as config_lib
+from ldm_jax import images
 from ldm_jax import workdir as files
-from ldm_jax.data.captions import CaptionedSource
-from ldm_jax.data.pipeline import Batches, CachedSource, check_fields, epoch_batches
-from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.pipeline import Batches, CachedSource, epoch_batches
+from ldm_jax.data.sources import Source
+from ldm_jax.data.task_fields import passed_on
 from ldm_jax.data.transforms import CachedTransform
-from ldm_jax.diffusion.samplers import make_table, nearest_eta
 from ldm_jax.errors import UserError
-from ldm_jax.judges import Judges, first_stage_judges
+from ldm_jax.judges import Judges
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.preflight import check_parts, open_data
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.alarms import first_stage_alarms
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts
 from ldm_jax.training.loop import Picture, Stage, fit
-from ldm_jax.training.sharding import check_batch, make_mesh, replicated
+from ldm_jax.training.sharding import make_mesh, replicated
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
@@ -48,9 +48,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     config_lib.check(config)
     begin, mesh = time.perf_counter(), make_mesh()
     source = open_data(config, workdir)
-    judges = _check_parts(config, workdir, source, mesh)
+    judges = check_parts(config, workdir, source, mesh)
     files.claim(workdir, config, allow_config_change)
-    if "label" in config.data.fields and source.label_names:
+    if {"label", "boxes"} & set(config.data.fields) and source.label_names:
         files.write_labels(workdir, source.label_names)
     if "tokens" in config.data.fields:  # a run can then be sampled from anywhere
         _, folder = files.training_tokenizer(workdir, config)
@@ -68,99 +68,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     for path in shown:
         print(f"  {path}")
     print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
-
-
-def _check_parts(
-    config: ConfigDict, workdir: pathlib.Path, source: Source, mesh: jax.sharding.Mesh
-) -> Judges | None:
-    """Refuses, before anything is written, what would only fail hours later.
-
-    Returns what a first stage that is to be trained is judged by.
-    """
-    check_batch(config.train.batch_size, mesh, "train.batch_size")
-    if (workdir / files.WEIGHTS).is_file():
-        raise UserError(
-            f"{workdir} holds an imported model: choose another --workdir, and "
-            f"--config=configs/imported.py:{workdir} to start from its weights"
-        )
-    judges, given = None, config.first_stage.weights
-    if (workdir / "first_stage" / files.WEIGHTS).is_file():
-        files.open_first_stage(workdir, config)  # not read yet: names and shapes
-    elif given:
-        files.open_first_stage(given, config)
-    elif config.first_stage.kind != "identity":
-        block = config.first_stage.train
-        check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
-        _check_codebook(config)
-        judges = first_stage_judges(config, source)
-        jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
-        d = config.first_stage.discriminator
-        if d.weight > 0 and d.start + d.warmup >= block.steps:
-            print(
-                f"warning: the adversarial term starts at step {d.start + d.warmup} "
-                f"(config.first_stage.discriminator.start + .warmup), but the first stage ends at "
-                f"{block.steps}: it is never used"
-            )
-    if config.train.steps > 0:
-        _check_diffusion(config, workdir)
-    return judges
-
-
-def _check_codebook(config: ConfigDict) -> None:
-    """Refuses a codebook that cannot be trained in the memory that is free."""
-    c, free = config.first_stage, memory.free_on_device() or memory.free_on_host()
-    # float32 numbers: the codes, their gradient, two moments of it, running means, the next codes
-    need = 4 * 6 * c.codes * c.channels
-    if c.kind == "vq" and free is not None and need > free:
-        raise UserError(
-            f"config.first_stage.codes is {c.codes}: training so many codes of {c.channels} "
-            f"channels takes {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: use fewer"
-        )
-
-
-def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Refuses what only the second stage would find."""
-    if not files.has_checkpoint(workdir):
-        start = {}
-        if config.init_from:
-            files.check_same_architecture(config.init_from, config)
-            start = files.open_weights(config.init_from, config)[1]
-        if config_lib.frozen_parts(config) and "conditioner" not in start:
-            raise UserError(
-                f"config.text.encoder '{config.text.encoder}' is not trained here: set "
-                "config.init_from to an imported model that has its weights"
-            )
-    s = config.sample
-    eta = nearest_eta(s.sampler, s.eta)
-    make_table(s.sampler, builders.build_schedule(config), s.steps, eta, s.spacing)
-    if s.guidance_scale != 1 and not config_lib.has_null(config):
-        raise UserError(
-            f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
-            "use 1, or a conditioner with one"
-        )
-    jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
-
-
-def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
-    """Opens the data set and checks that the model's fields fit it.
-
-    Raises:
-        UserError: no such data, a missing field, labels that the config has no room for, or
-            captions without a tokenizer.
-    """
-    c = config.data
-    label = c.label if "label" in c.fields else ""
-    source = open_source(c.source, split=c.split, where=c.where, label=label)
-    if "tokens" in c.fields:
-        tokenizer, _ = files.training_tokenizer(workdir, config)
-        source = CaptionedSource(source, c.caption, tokenizer)
-    check_fields(source, c.fields)
-    if "label" in config.conditioners and source.num_labels > config.label.num_classes:
-        raise UserError(
-            f"the data has labels up to {source.num_labels - 1}, but config.label.num_classes is "
-            f"{config.label.num_classes}: set it to {source.num_labels}"
-        )
-    return source
 
 
 class _Run:
@@ -315,15 +222,27 @@ class _Run:
         """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""
         count = self.config.sample.num_samples
         condition = None
-        if "tokens" in self.config.data.fields:
-            # Captions of the data's first examples.
-            rows = [self.source[i % len(self.source)] for i in range(count)]
-            condition = {"tokens": np.stack([row["tokens"] for row in rows])}
-        if "label" in self.config.conditioners:
+        if set(self.config.data.fields) == {"label"}:
             classes = min(self.config.label.num_classes, count)
             # Sorted, so that a row of the grid shows one class.
             condition = {"label": sorted(i % classes for i in range(count))}
+        elif self.config.data.fields:
+            condition = self._conditions(count)
         return pipe.sample(range(count), condition)
+
+    def _conditions(self, count: int) -> dict[str, np.ndarray]:
+        """The fields of the data's first examples, over and over if there are too few."""
+        fields = self.config.data.fields
+        batches = epoch_batches(
+            self.source,
+            latents_lib.task_transform(self.config),
+            min(count, len(self.source)),
+            count=count,
+            fields=passed_on(fields),
+            threads=self.config.data.threads,
+        )
+        (batch,) = batches
+        return {name: batch[name][np.arange(count) % len(batch[name])] for name in fields}
 
     def _grid(self, pixels: np.ndarray) -> np.ndarray:
         return images.make_grid(pixels, columns=_columns(len(pixels)))
@@ -367,18 +286,22 @@ class _Run:
 
     def _batches(self, source: Source, block: ConfigDict) -> Any:
         """Returns start_step -> endless batches."""
-        cached = isinstance(source, CachedSource)
-        flip = self.config.data.flip
-        diffusion = block is self.config.train
+        diffusion, fields = block is self.config.train, self.config.data.fields
+        if isinstance(source, CachedSource):
+            transform = CachedTransform(flip=self.config.data.flip)
+        elif diffusion:
+            transform, fields = latents_lib.task_transform(self.config), passed_on(fields)
+        else:
+            transform = latents_lib.transform(self.config)
 
         def start(step: int) -> Batches:
             return Batches(
                 source,
-                CachedTransform(flip=flip) if cached else latents_lib.transform(self.config),
+                transform,
                 batch_size=block.batch_size,
                 seed=self.config.seed,
                 start_step=step,
-                fields=self.config.data.fields if diffusion else (),
+                fields=fields if diffusion else (),
                 threads=self.config.data.threads,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),

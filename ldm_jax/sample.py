@@ -3,19 +3,21 @@
 python -m ldm_jax.sample --workdir=runs/quickstart --num_samples=16
 python -m ldm_jax.sample --workdir=runs/quickstart --label=cat-face --guidance_scale=3
 python -m ldm_jax.sample --workdir=runs/text2img --prompt='a red teapot' --guidance_scale=5
+python -m ldm_jax.sample --workdir=runs/layout --layout=boxes.json
+python -m ldm_jax.sample --workdir=runs/any --image=photo.png --mask=hole.png
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-import zipfile
 from typing import Any
 
 from absl import flags
 
 from ldm_jax import cli
 from ldm_jax.errors import UserError
+from ldm_jax.sample_inputs import read_inputs
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Workdir of a training run.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "How many images.")
@@ -30,15 +32,6 @@ _SPACING = flags.DEFINE_string(
     "spacing", None, "Noise levels visited: leading, uniform, quad, linspace, trailing, karras."
 )
 _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
-_LABEL = flags.DEFINE_list(
-    "label", None, "Class numbers or names, used in turn. Default: all classes in turn."
-)
-_PROMPT = flags.DEFINE_multi_string(
-    "prompt", None, "A caption; may be given several times, and then they are used in turn."
-)
-_CONDITION = flags.DEFINE_string(
-    "condition", None, "An .npz file with an array per field of the condition, one row per image."
-)
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/step_<step>.")
 _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png.")
 
@@ -59,7 +52,7 @@ def main() -> None:
     cli.use_compilation_cache()
     pipe = load(_WORKDIR.value)
     seeds = list(range(_SEED.value, _SEED.value + _NUM_SAMPLES.value))
-    condition = _condition(pipe, len(seeds))
+    inputs, pictures = read_inputs(pipe, len(seeds))
     defaults = pipe.config.sample
     sampler = defaults.sampler if _SAMPLER.value is None else _SAMPLER.value
     settings = {
@@ -69,15 +62,18 @@ def main() -> None:
         "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
         "spacing": defaults.spacing if _SPACING.value is None else _SPACING.value,
     }
-    shown = {name: _plain(value) for name, value in (condition or {}).items() if name in READABLE}
+    condition = inputs["condition"] or {}
+    shown = {name: _plain(value) for name, value in condition.items() if name in READABLE}
     out = pathlib.Path(
         _OUT.value or pathlib.Path(_WORKDIR.value) / "samples" / f"step_{pipe.step:07d}"
     )
     try:
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
-        pixels = pipe.sample(seeds, condition, batch_size=_BATCH_SIZE.value, **settings)
+        pixels = pipe.sample(seeds, batch_size=_BATCH_SIZE.value, **inputs, **settings)
         record = {"checkpoint_step": pipe.step, **settings, "seeds": seeds, "condition": shown}
         images.save_numbered(out, pixels)
+        for name, picture in pictures.items():
+            images.save_png(out / f"{name}.png", picture)
         if _GRID.value:
             images.save_png(out / "grid.png", images.make_grid(pixels))
         (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -88,46 +84,9 @@ def main() -> None:
     print(f"{len(seeds)} images of step {pipe.step} in {out}")
 
 
-def _condition(pipe, count: int) -> dict[str, Any] | None:
-    """The condition of every sample, in turn; None for an unconditional model."""
-    given = [flag for flag in (_CONDITION, _PROMPT, _LABEL) if flag.value]
-    if len(given) > 1:
-        raise UserError(f"give --{given[0].name} or --{given[1].name}, not both")
-    if _CONDITION.value:
-        return _read_condition(_CONDITION.value, count)
-    if _PROMPT.value:
-        if "text" not in pipe.config.conditioners:
-            raise UserError("this model reads no captions: leave --prompt away")
-        return {"text": [_PROMPT.value[i % len(_PROMPT.value)] for i in range(count)]}
-    if _LABEL.value:
-        chosen = [pipe.label(text) for text in _LABEL.value]
-    elif pipe.config.conditioners == ("label",):
-        chosen = list(range(pipe.config.label.num_classes))
-    else:
-        return None
-    return {"label": [chosen[i % len(chosen)] for i in range(count)]}
-
-
 def _plain(value: Any) -> list:
     """A list that JSON can hold, of a list or an array."""
     return value.tolist() if hasattr(value, "tolist") else list(value)
-
-
-def _read_condition(path: str, count: int) -> dict[str, Any]:
-    """The fields of an .npz file, whose rows are used in turn."""
-    import numpy as np
-
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"--condition={path} is no .npz file")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            fields = dict(stored)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read the condition {path}: {error}") from error
-    for name, value in fields.items():
-        if value.ndim < 1 or not len(value):
-            raise UserError(f"'{name}' in {path} has no rows")
-    return {n: value[np.arange(count) % len(value)] for n, value in fields.items()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import ldm_jax
 from ldm_jax import memory
 from ldm_jax.data.transforms import Draw
 from ldm_jax.errors import UserError
-from ldm_jax.run import open_data, run
+from ldm_jax.preflight import open_data
+from ldm_jax.run import run
 from ldm_jax.training.latents import transform
 
 ROOT = pathlib.Path(__file__).parents[1]

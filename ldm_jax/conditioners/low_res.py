@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 
 from ldm_jax.errors import UserError
+from ldm_jax.nn.resnet import space_to_depth
 from ldm_jax.types import Array, Condition
 
 
 class LowRes(nn.Module):
-    """Passes `batch['low_res']` (B, h, w, 3) in [-1, 1], of the latents' size, on as a concat."""
+    """Brings `batch['low_res']` (B, H, W, 3) in [-1, 1] to the latents' size, as a concat.
+
+    Pixels of a larger image become channels, k x k of them side by side: (B, h, w, 3 k^2). A
+    smaller one is enlarged bicubically: (B, h, w, 3). The published models have it of that size.
+
+    Attributes:
+        size: height of the latents; it divides the image's height, or the other way round.
+    """
+
+    size: int
 
     def __call__(self, batch: dict[str, Array]) -> Condition:
         """The small images of a batch."""
-        return Condition(concat=batch["low_res"])
+        image = batch["low_res"]
+        side = image.shape[1]
+        if side >= self.size:
+            return Condition(concat=space_to_depth(image, side // self.size))
+        times = self.size // side
+        shape = (image.shape[0], times * side, times * image.shape[2], image.shape[-1])
+        return Condition(concat=jax.image.resize(image, shape, "bicubic"))
 
     def null(self, batch_size: int) -> Condition:
         """Raises UserError: there is no empty image."""

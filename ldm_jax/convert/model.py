@@ -57,6 +57,8 @@ def use_conditioners(config: ConfigDict, *names: str) -> None:
     """
     config.conditioners = names
     config.data.fields = tuple(field for name in names for field in config_lib.FIELDS[name])
+    if "low_res" in names:  # in the published models it has the size of the latents
+        config.data.low_res.factor = config_lib.downsampling(config)
     if config_lib.has_null(config):
         kind = config.text.encoder if names[0] == "text" else names[0]
         config.sample.guidance_scale = GUIDANCE.get(kind, 1.0)
@@ -64,7 +66,8 @@ def use_conditioners(config: ConfigDict, *names: str) -> None:
 
 def concat_channels(config: ConfigDict) -> int:
     """Channels that the conditioners join to x_t."""
-    channels = {"segmentation": config.segmentation.channels, "low_res": 3}
+    per_side = max(1, config_lib.downsampling(config) // config.data.low_res.factor)
+    channels = {"segmentation": config.segmentation.channels, "low_res": 3 * per_side**2}
     channels["inpainting"] = config_lib.latent_channels(config) + 1
     return sum(channels.get(name, 0) for name in config.conditioners)
 

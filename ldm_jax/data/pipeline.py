@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.order import epoch_order, uniforms_at
 from ldm_jax.data.sources import Source
 from ldm_jax.data.transforms import UNIFORMS, Draw, Transform
 from ldm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+MADE = 0  # the stream of random numbers for what is made of an example
 
 
 class Batches:
@@ -76,7 +78,10 @@ class Batches:
             epoch, place = divmod(position, len(self._source))
             indices.append(int(epoch_order(self._seed, epoch, len(self._source))[place]))
         uniforms = uniforms_at(self._seed, first, len(self._part), UNIFORMS)
-        draws = [self._transform.draw(row) for row in uniforms]
+        draws = [
+            self._transform.draw(row)._replace(random=Uniforms(self._seed, MADE, first + i))
+            for i, row in enumerate(uniforms)
+        ]
         return _make_batch(self._source, self._transform, indices, draws, self._fields)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -112,7 +117,7 @@ def epoch_batches(
         indices = np.arange(part.start, part.stop) + step * batch_size
         valid = indices < count
         indices = np.minimum(indices, count - 1).tolist()
-        draws = [Draw(flip=flip)] * len(indices)
+        draws = [Draw(flip=flip, random=Uniforms(0, MADE, index)) for index in indices]
         return {**_make_batch(source, transform, indices, draws, fields), "valid": valid}
 
     steps = range(-(-count // batch_size))

@@ -13,12 +13,12 @@ import numpy as np
 
 from ldm_jax.data.decode import WHITE, decode_image
 from ldm_jax.data.folder import METADATA, list_folder, read_jsonl
+from ldm_jax.data.scenes import EMOJI, open_scenes
 from ldm_jax.data.table import TableSource, select_table
 from ldm_jax.data.tfds_source import TfdsSource
 from ldm_jax.errors import UserError
 
-KINDS = ("emoji", "folder:/path/to/images", "tfds:NAME")
-EMOJI = "assets/fluent_emoji_64.zip"
+KINDS = ("emoji", "scenes", "folder:/path/to/images", "tfds:NAME")
 
 
 class Source(Protocol):
@@ -57,6 +57,7 @@ def open_source(
 
     Args:
         spec: 'emoji', the embedded set of 1,852 images of 64x64 with captions and 9 classes;
+            'scenes', composed of some of them, with boxes, maps and captions (see scenes.py);
             'folder:/path', any image folder (see `list_folder`); or 'tfds:NAME', a prepared set of
             tensorflow_datasets.
         split: such as 'train', 'test' or a slice 'train[:90%]' (see `split_rows`; tfds slices by
@@ -77,6 +78,10 @@ def open_source(
     choice = {"split": split, "where": where, "label": label}
     if spec == "emoji":
         return _open_emoji(background, **choice)
+    if spec == "scenes":
+        if where:
+            raise UserError(f"scenes cannot be chosen by where='{where}': leave it empty")
+        return open_scenes(split)
     if kind == "folder" and rest:
         return _open_folder(pathlib.Path(rest).expanduser(), background, **choice)
     if kind == "tfds" and rest:

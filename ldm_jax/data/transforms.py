@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from ldm_jax.data.draws import Uniforms
 from ldm_jax.errors import UserError
 
 CROPS = ("center", "random")
@@ -25,10 +26,12 @@ class Draw(NamedTuple):
         flip: mirror the image left to right.
         crop: (side, top, left), each in [0, 1): the side of the square crop, from half to all of
             the shorter side, and its place in what room is left. None: the largest centred square.
+        random: numbers for what is made of the example beside its image; None where nothing is.
     """
 
     flip: bool = False
     crop: tuple[float, float, float] | None = None
+    random: Uniforms | None = None
 
 
 class Transform(Protocol):
@@ -107,16 +110,20 @@ def crop_resize(image: np.ndarray, resolution: int, draw: Draw) -> np.ndarray:
 
     The bicubic filter is antialiased. The result may be a view of `image`.
     """
-    height, width, _ = image.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    if draw.crop is not None:
-        size, down, right = draw.crop
-        side = max(1, round(side * (0.5 + 0.5 * size)))
-        top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
+    top, left, side = crop_box(*image.shape[:2], draw)
     image = image[top : top + side, left : left + side]
     if side != resolution:
         # Cropping first, not `resize(box=...)`, so that the filter does not see outside the crop.
         resized = Image.fromarray(image).resize((resolution,) * 2, Image.Resampling.BICUBIC)
         image = np.asarray(resized)
     return image[:, ::-1] if draw.flip else image
+
+
+def crop_box(height: int, width: int, draw: Draw) -> tuple[int, int, int]:
+    """The square that is cut out of an image, before it is mirrored: top, left, side in pixels."""
+    side = min(height, width)
+    if draw.crop is None:
+        return (height - side) // 2, (width - side) // 2, side
+    size, down, right = draw.crop
+    side = max(1, round(side * (0.5 + 0.5 * size)))
+    return int(down * (height - side + 1)), int(right * (width - side + 1)), side

@@ -16,7 +16,7 @@ from ldm_jax import random
 from ldm_jax.diffusion.guidance import Denoise
 from ldm_jax.diffusion.schedule import Schedule
 from ldm_jax.diffusion.solvers import SAMPLERS, Row, Sampler, Table, level_of
-from ldm_jax.diffusion.spacing import SPACINGS, make_grid
+from ldm_jax.diffusion.spacing import SPACINGS, Grid, make_grid
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array
 
@@ -56,6 +56,7 @@ def make_table(
     steps: int,
     eta: float | None = None,
     spacing: str = "leading",
+    strength: float = 1.0,
 ) -> Table:
     """Makes the table of a sampler: what `sample` runs through.
 
@@ -67,6 +68,8 @@ def make_table(
         eta: for 'ddim' in [0, 1]: 0 (the default) is deterministic, 1 has the variance of ancestral
             sampling. It is 1 for 'ddpm' and 0 for the others.
         spacing: one of SPACINGS.
+        strength: share of the steps, the last ones, that are made; for starts from an image. At
+            least one is.
 
     Raises:
         UserError: for an unknown name, a value outside its range, a spacing that leaves [0, T), or
@@ -83,7 +86,11 @@ def make_table(
             f"spacing '{spacing}' makes no sense for sampler '{name}': choose one of "
             f"{', '.join(sampler.spacings)}"
         )
-    return sampler.table(schedule, make_grid(spacing, schedule, steps), eta)
+    if not 0 < strength <= 1:
+        raise UserError(f"strength must be above 0 and at most 1, not {strength:g}")
+    grid = make_grid(spacing, schedule, steps)
+    skipped = len(grid.t) - max(1, round(strength * len(grid.t)))
+    return sampler.table(schedule, Grid(grid.t[skipped:], grid.alpha_bar[skipped:]), eta)
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
@@ -141,6 +148,7 @@ def sample(
     sampler: Sampler,
     noise: Array | None = None,
     known: Known | None = None,
+    x0: Array | None = None,
 ) -> Array:
     """Runs a sampler from x_T (B, ...) to the latents (B, ...), as one `lax.scan` over the table.
 
@@ -156,10 +164,15 @@ def sample(
         sampler: an entry of SAMPLERS.
         noise: (N, B, ...) in the order of the rows, instead of draws from `keys`.
         known: parts of the latents that are given.
+        x0: (B, ...) latents to start from: with the noise x_T of the first row's level (Meng et al.
+            2022, "SDEdit"), so that a table of fewer steps keeps more of them. None: pure noise.
     """
     step = make_step(denoise, keys, sampler, known)
     indices = jnp.arange(len(table.rows["t"]))
     xs = (indices, table.rows, noise, None if known is None else known.noise)
-    start = sampler.init(table.start * x_T)
+    first = table.start * x_T
+    if x0 is not None:
+        first = level_of(jax.tree.map(lambda column: column[0], table.rows)).noised(x0, x_T)
+    start = sampler.init(first)
     carry, _ = jax.lax.scan(lambda carry, xs: (step(carry, xs), None), start, xs)
     return carry[0]

@@ -14,6 +14,7 @@ from ldm_jax import builders, images
 from ldm_jax import config as config_lib
 from ldm_jax.data.pipeline import Batch, Batches, CachedSource, epoch_batches
 from ldm_jax.data.sources import Source
+from ldm_jax.data.task_fields import TaskTransform, make_transform, passed_on
 from ldm_jax.data.transforms import ImageTransform
 from ldm_jax.first_stage.statistics import RULES, LatentStatistics
 from ldm_jax.training.sharding import batch_sharding, replicated
@@ -39,6 +40,11 @@ def transform(config: ConfigDict) -> ImageTransform:
     return ImageTransform(config.data.resolution, config.data.crop, config.data.flip)
 
 
+def task_transform(config: ConfigDict) -> TaskTransform:
+    """Returns that, and what makes the fields of the diffusion model's conditions."""
+    return make_transform(transform(config), config.data.fields, config)
+
+
 def encode_source(
     config: ConfigDict, source: Source, encode: Callable[[Any], Array], check: Callable[[], None]
 ) -> CachedSource:
@@ -53,10 +59,10 @@ def encode_source(
         moments.append([])
         for batch in epoch_batches(
             source,
-            transform(config),
+            task_transform(config),
             config.train.batch_size,
             flip=flip,
-            fields=names,
+            fields=passed_on(names),
             threads=config.data.threads,
         ):
             check()

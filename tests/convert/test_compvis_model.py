@@ -77,7 +77,7 @@ def test_a_first_stage_on_its_own_encodes_and_decodes():
     leftovers = {"loss.logvar": np.zeros(()), "loss.discriminator.main.0.bias": np.zeros(4)}
     pipe = import_compvis(golden.weights() | leftovers, block)
     z = pipe.encode(golden.nhwc("in.x"))
-    golden.check("out.decode_mode", np.asarray(pipe._decode_jit(pipe.variables, z)))
+    golden.check("out.decode_mode", np.asarray(pipe._jit["decode"](pipe.variables, z)))
     with pytest.raises(UserError, match="no weights of its denoiser"):
         pipe.sample([0])
 

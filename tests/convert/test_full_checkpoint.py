@@ -42,7 +42,7 @@ def test_latents_and_pixels(pipe):
     golden = load(GOLDEN)
     z = pipe.encode(golden["in.image"])
     close("out.z", nchw(z))
-    decoded = pipe._decode_jit(pipe.variables, z)  # the fixture is not clipped
+    decoded = pipe._jit["decode"](pipe.variables, z)  # the fixture is not clipped
     close("out.image_of_z", nchw(decoded))
 
 
@@ -72,7 +72,7 @@ def test_guided_samples(pipe):
         decode=False,
     )
     close("out.samples", nchw(latents))
-    close("out.image", nchw(pipe._decode_jit(pipe.variables, latents)))
+    close("out.image", nchw(pipe._jit["decode"](pipe.variables, latents)))
 
 
 def test_round_trip_is_bit_equal(yaml):

@@ -176,10 +176,21 @@ class TestFolder:
         assert len(open_source(f"folder:{root}")) == 1
 
 
+class TestScenes:
+    def test_are_opened_by_name_and_split(self):
+        assert len(open_source("scenes", split="test[:7]")) == 7
+
+    def test_know_no_metadata_to_choose_by(self):
+        with pytest.raises(UserError, match="scenes cannot be chosen by where='label=3'"):
+            open_source("scenes", where="label=3")
+
+
 class TestUserErrors:
     @pytest.mark.parametrize("spec", ["lsun", "folder", "folder:", "tfds:", "emoji:x", ""])
     def test_unknown_kind(self, spec):
-        with pytest.raises(UserError, match=r"unknown data source .*emoji, folder:.*, tfds:NAME$"):
+        with pytest.raises(
+            UserError, match=r"unknown data source .*emoji, scenes, folder:.*, tfds:NAME$"
+        ):
             open_source(spec)
 
     def test_missing_and_empty_folder(self, tmp_path):

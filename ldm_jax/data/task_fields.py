@@ -1,0 +1,140 @@
+"""The fields that conditions are made of, from an example and what its crop left of it.
+
+A task's field is one function here: (image, example, draw) -> arrays, where `image` is the cropped
+(R, R, 3) uint8 and `draw` says how it was cropped and holds the random numbers of the example.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax.data.degradation import degrade
+from ldm_jax.data.layout import boxes_from_coco, encode_layout
+from ldm_jax.data.masks import draw_mask
+from ldm_jax.data.transforms import Draw, ImageTransform, crop_box
+from ldm_jax.errors import UserError
+from ldm_jax.images import to_float
+
+Arrays = dict[str, np.ndarray]
+Maker = Callable[[np.ndarray, dict, Draw], Arrays]
+# What each field is made of: a column of the source, or '' where the image is enough.
+COLUMNS = {"boxes": "boxes", "segmentation": "segmentation"}
+COLUMNS |= {"low_res": "", "masked_image": "", "mask": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskTransform:
+    """An `ImageTransform`, and fields made of what it leaves.
+
+    Attributes:
+        image: what is done to the image.
+        makers: the fields' functions.
+    """
+
+    image: ImageTransform
+    makers: tuple[Maker, ...]
+
+    def draw(self, uniforms: np.ndarray) -> Draw:
+        return self.image.draw(uniforms)
+
+    def apply(self, example: dict, draw: Draw) -> Arrays:
+        arrays = self.image.apply(example, draw)
+        for make in self.makers:
+            arrays |= make(arrays["image"], example, draw)
+        return arrays
+
+
+def columns(fields: Sequence[str]) -> tuple[str, ...]:
+    """The columns that a source must have for these fields."""
+    wanted = (COLUMNS.get(field, field) for field in fields)
+    return tuple(dict.fromkeys(column for column in wanted if column))
+
+
+def passed_on(fields: Sequence[str]) -> tuple[str, ...]:
+    """Those of the fields that are columns as they are, and not made here."""
+    return tuple(field for field in fields if field not in COLUMNS)
+
+
+def low_res(factor: int, degradation: str) -> Maker:
+    """'low_res' (R / factor, R / factor, 3) float32 in [-1, 1]; see `degrade`."""
+
+    def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+        return {"low_res": to_float(degrade(image, factor, degradation, draw.random))}
+
+    return make
+
+
+def hole(kind: str) -> Maker:
+    """'mask' (R, R, 1), +1 in a drawn hole and -1 outside, and 'masked_image', -1 in the hole."""
+
+    def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+        return mask_out(image, draw_mask(draw.random, len(image), kind))
+
+    return make
+
+
+def mask_out(image: np.ndarray, mask: np.ndarray) -> Arrays:
+    """The fields of an image (R, R, 3) uint8 and its hole (R, R) bool; see `hole`."""
+    masked = np.where(mask[..., None], np.float32(-1), to_float(image))
+    return {"masked_image": masked, "mask": np.where(mask, 1, -1).astype(np.float32)[..., None]}
+
+
+def layout(length: int, vocab_size: int) -> Maker:
+    """'boxes' (length,) int32: the tokens of an example's boxes; see `encode_layout`."""
+
+    def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+        height, width = example["image"].shape[:2]
+        boxes = boxes_from_coco(example["boxes"], height=height, width=width)
+        if draw.flip:
+            boxes = [(label, 1 - x1, y0, 1 - x0, y1) for label, x0, y0, x1, y1 in boxes]
+        top, left, side = crop_box(height, width, draw)
+        if draw.flip:
+            left = width - left - side
+        crop = (left / width, top / height, (left + side) / width, (top + side) / height)
+        order = draw.random.permutation(len(boxes)) if draw.random else None
+        return {"boxes": encode_layout(boxes, length, vocab_size, crop, order)}
+
+    return make
+
+
+def segmentation(num_classes: int) -> Maker:
+    """'segmentation' (R, R) int32: an example's map of classes, cropped like its image."""
+
+    def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+        classes = np.asarray(example["segmentation"])
+        if classes.shape != example["image"].shape[:2]:
+            raise UserError(
+                f"a map of classes is {classes.shape}, but its image {example['image'].shape[:2]}"
+            )
+        if classes.min() < 0 or classes.max() >= num_classes:
+            raise UserError(
+                f"a map has the class {classes.max()}, but config.segmentation.num_classes is "
+                f"{num_classes}"
+            )
+        top, left, side = crop_box(*classes.shape, draw)
+        classes = Image.fromarray(classes[top : top + side, left : left + side].astype(np.int32))
+        resized = np.asarray(classes.resize(image.shape[1::-1], Image.Resampling.NEAREST))
+        return {"segmentation": resized[:, ::-1] if draw.flip else resized}
+
+    return make
+
+
+def make_transform(image: ImageTransform, fields: Sequence[str], settings) -> TaskTransform:
+    """Returns the transform that makes those of `fields` that are made.
+
+    `settings` is the config.
+    """
+    makers = {
+        "low_res": functools.partial(
+            low_res, settings.data.low_res.factor, settings.data.low_res.degradation
+        ),
+        "mask": functools.partial(hole, settings.data.mask),
+        "boxes": functools.partial(layout, settings.layout.length, settings.layout.vocab_size),
+        "segmentation": functools.partial(segmentation, settings.segmentation.num_classes),
+    }
+    return TaskTransform(image, tuple(makers[name]() for name in fields if name in makers))

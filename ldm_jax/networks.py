@@ -1,0 +1,141 @@
+"""The networks of a model put to use: pure functions of its variables, from inputs to pixels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, images, random
+from ldm_jax import config as config_lib
+from ldm_jax import fields as fields_lib
+from ldm_jax.diffusion import samplers
+from ldm_jax.diffusion.constraint import constrain, keep_luma
+from ldm_jax.diffusion.guidance import make_denoise
+from ldm_jax.types import Array, Condition
+
+Variables = dict[str, Any]
+METHODS = ("encode", "decode", "condition", "denoise", "generate")  # of `Networks`
+
+
+class Networks:
+    """First stage, denoiser and conditioner of a config.
+
+    Every method takes `variables`, {'first_stage': variables, 'denoiser': params, 'conditioner':
+    params}, and may be jitted.
+    """
+
+    def __init__(self, config: ConfigDict) -> None:
+        self.config = config
+        self.first_stage = builders.build_first_stage(config)
+        self.denoiser = builders.build_denoiser(config)
+        self.conditioner = builders.build_conditioner(config)
+
+    def encode(self, variables: Variables, pixels: Array) -> Array:
+        """Images (B, H, W, 3), uint8 or in [-1, 1] -> scaled latents (B, h, w, C), at the mode."""
+        pixels = images.to_float(pixels) if pixels.dtype == jnp.uint8 else pixels
+        moments = self.first_stage.apply(variables["first_stage"], pixels, method="moments")
+        return self.first_stage.apply(variables["first_stage"], moments, method="mode")
+
+    def decode(self, variables: Variables, latents: Array) -> Array:
+        """Scaled latents (B, h, w, C) -> images (B, H, W, 3), not clipped."""
+        return self.first_stage.apply(variables["first_stage"], latents, method="decode")
+
+    def condition(self, variables: Variables, fields: dict[str, Array]) -> Condition:
+        """Batch fields -> what the denoiser takes."""
+        first_stage = variables.get("first_stage")
+        encode = functools.partial(self.first_stage.apply, first_stage, method="encode")
+        batch = fields_lib.add_latents(fields, encode)
+        return self.conditioner.apply({"params": variables["conditioner"]}, batch)
+
+    def null(self, variables: Variables, batch_size: int) -> Condition:
+        """The empty condition of guidance."""
+        params = {"params": variables["conditioner"]}
+        return self.conditioner.apply(params, batch_size, method="null")
+
+    def denoise(self, variables: Variables, z_t: Array, t: Array, cond: Condition) -> Array:
+        """The raw output (B, h, w, C) at z_t (B, h, w, C) and t (B,)."""
+        return self.denoiser.apply({"params": variables["denoiser"]}, z_t, t, cond)
+
+    def generate(
+        self,
+        variables: Variables,
+        inputs: dict[str, Any],
+        guidance_scale: Array,
+        table: samplers.Table,
+        *,
+        sampler: str,
+        size: tuple[int, int],
+        guided: bool,
+        decode: bool,
+    ) -> Array:
+        """The whole way from seeds to pixels (B, H, W, 3) uint8 or latents (B, h, w, C).
+
+        Args:
+            variables: see the class.
+            inputs: arrays with a row per image, or None: 'seeds' (B,), 'fields' of the condition
+                and of the 'negative' one, 'noise' (B, h, w, C) in place of the seeds', 'start'
+                (B, H, W, 3) pixels that the first row of the table is reached from, 'image'
+                (B, H, W, 3) and 'hole' (B, H, W) bool, what is to be kept and where not, 'grey'
+                (B, H, W) in [-1, 1], the luma of the result.
+            guidance_scale: a scalar.
+            table: of the sampler.
+            sampler: its name.
+            size: (h, w) of the latents.
+            guided: whether there is guidance at all.
+            decode: False returns the latents.
+        """
+        keys, noise = random.seed_keys(inputs["seeds"]), inputs["noise"]
+        shape = (*size, config_lib.latent_channels(self.config))
+        if noise is None:
+            noise = samplers.initial_noise(keys, shape)
+        null = negative = None
+        if config_lib.has_null(self.config):
+            null = negative = self.null(variables, noise.shape[0])
+        if inputs["negative"] is not None:
+            negative = self.condition(variables, inputs["negative"])
+        cond = null
+        if inputs["fields"] is not None:
+            cond = self.condition(variables, inputs["fields"])
+        denoise = make_denoise(
+            functools.partial(self.denoise, variables),
+            self.config.diffusion.predict,
+            cond if cond is not None else Condition(),
+            negative if guided else None,
+            guidance_scale,
+        )
+        encode, decoded = (functools.partial(f, variables) for f in (self.encode, self.decode))
+        if inputs["grey"] is not None:
+            denoise = constrain(denoise, keep_luma(inputs["grey"], encode, decoded))
+        known = start = None
+        if inputs["start"] is not None:
+            start = encode(inputs["start"])
+        if inputs["image"] is not None:
+            known = self._known(variables, inputs["image"], inputs["hole"], size)
+        chosen = samplers.SAMPLERS[sampler]
+        latents = samplers.sample(denoise, noise, keys, table, chosen, known=known, x0=start)
+        return images.to_uint8(decoded(latents)) if decode else latents
+
+    def _known(
+        self, variables: Variables, image: Array, hole: Array, size: tuple[int, int]
+    ) -> samplers.Known:
+        """The latents of an image, kept where no pixel of theirs is in the hole."""
+        kept = ~hole[..., None]
+        pixels = images.to_float(image)
+        # What is in the hole must not reach the latents around it: it gets the mean colour there.
+        mean = (pixels * kept).sum((1, 2), keepdims=True) / kept.sum((1, 2), keepdims=True)
+        latents = self.encode(variables, jnp.where(kept, pixels, mean))
+        batch, height, width, _ = kept.shape
+        windows = kept.reshape(batch, size[0], height // size[0], size[1], width // size[1])
+        return samplers.Known(latents, windows.all((2, 4))[..., None].astype(latents.dtype))
+
+
+def jitted(networks: Networks) -> dict[str, Any]:
+    """The methods, compiled; what they have compiled belongs to this call's result."""
+    # Bound methods would make the caches of all instances one.
+    own = {name: functools.partial(getattr(networks, name)) for name in METHODS}
+    static = {"generate": ("sampler", "size", "guided", "decode")}
+    return {name: jax.jit(f, static_argnames=static.get(name)) for name, f in own.items()}

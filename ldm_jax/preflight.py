@@ -1,0 +1,120 @@
+"""What can be checked of a run before anything is written, and the data that it opens."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, memory
+from ldm_jax import config as config_lib
+from ldm_jax import workdir as files
+from ldm_jax.data.captions import CaptionedSource
+from ldm_jax.data.pipeline import check_fields
+from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.task_fields import columns
+from ldm_jax.diffusion.samplers import make_table, nearest_eta
+from ldm_jax.errors import UserError
+from ldm_jax.judges import Judges, first_stage_judges
+from ldm_jax.training.first_stage_steps import first_stage_functions
+from ldm_jax.training.sharding import check_batch
+from ldm_jax.training.steps import diffusion_functions
+
+
+def check_parts(
+    config: ConfigDict, workdir: pathlib.Path, source: Source, mesh: jax.sharding.Mesh
+) -> Judges | None:
+    """Refuses, before anything is written, what would only fail hours later.
+
+    Returns what a first stage that is to be trained is judged by.
+    """
+    check_batch(config.train.batch_size, mesh, "train.batch_size")
+    if (workdir / files.WEIGHTS).is_file():
+        raise UserError(
+            f"{workdir} holds an imported model: choose another --workdir, and "
+            f"--config=configs/imported.py:{workdir} to start from its weights"
+        )
+    judges, given = None, config.first_stage.weights
+    if (workdir / "first_stage" / files.WEIGHTS).is_file():
+        files.open_first_stage(workdir, config)  # not read yet: names and shapes
+    elif given:
+        files.open_first_stage(given, config)
+    elif config.first_stage.kind != "identity":
+        block = config.first_stage.train
+        check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
+        _check_codebook(config)
+        judges = first_stage_judges(config, source)
+        jax.eval_shape(first_stage_functions(config)[0], jax.random.key(0))
+        d = config.first_stage.discriminator
+        if d.weight > 0 and d.start + d.warmup >= block.steps:
+            print(
+                f"warning: the adversarial term starts at step {d.start + d.warmup} "
+                f"(config.first_stage.discriminator.start + .warmup), but the first stage ends at "
+                f"{block.steps}: it is never used"
+            )
+    if config.train.steps > 0:
+        _check_diffusion(config, workdir)
+    return judges
+
+
+def _check_codebook(config: ConfigDict) -> None:
+    """Refuses a codebook that cannot be trained in the memory that is free."""
+    c, free = config.first_stage, memory.free_on_device() or memory.free_on_host()
+    # float32 numbers: the codes, their gradient, two moments of it, running means, the next codes
+    need = 4 * 6 * c.codes * c.channels
+    if c.kind == "vq" and free is not None and need > free:
+        raise UserError(
+            f"config.first_stage.codes is {c.codes}: training so many codes of {c.channels} "
+            f"channels takes {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: use fewer"
+        )
+
+
+def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Refuses what only the second stage would find."""
+    if not files.has_checkpoint(workdir):
+        start = {}
+        if config.init_from:
+            files.check_same_architecture(config.init_from, config)
+            start = files.open_weights(config.init_from, config)[1]
+        if config_lib.frozen_parts(config) and "conditioner" not in start:
+            raise UserError(
+                f"config.text.encoder '{config.text.encoder}' is not trained here: set "
+                "config.init_from to an imported model that has its weights"
+            )
+    s = config.sample
+    eta = nearest_eta(s.sampler, s.eta)
+    make_table(s.sampler, builders.build_schedule(config), s.steps, eta, s.spacing)
+    if s.guidance_scale != 1 and not config_lib.has_null(config):
+        raise UserError(
+            f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
+            "use 1, or a conditioner with one"
+        )
+    jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
+
+
+def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
+    """Opens the data set and checks that the model's fields fit it.
+
+    Raises:
+        UserError: no such data, a missing field, labels that the config has no room for, or
+            captions without a tokenizer.
+    """
+    c = config.data
+    label = c.label if "label" in c.fields else ""
+    source = open_source(c.source, split=c.split, where=c.where, label=label)
+    if "tokens" in c.fields:
+        tokenizer, _ = files.training_tokenizer(workdir, config)
+        source = CaptionedSource(source, c.caption, tokenizer)
+    check_fields(source, columns(c.fields))
+    if c.flip and not getattr(source, "flippable", True):
+        raise UserError(
+            f"the images of config.data.source='{c.source}' must not be mirrored: set "
+            "config.data.flip=False"
+        )
+    if "label" in config.conditioners and source.num_labels > config.label.num_classes:
+        raise UserError(
+            f"the data has labels up to {source.num_labels - 1}, but config.label.num_classes is "
+            f"{config.label.num_classes}: set it to {source.num_labels}"
+        )
+    return source
