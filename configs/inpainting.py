@@ -6,8 +6,7 @@ Source: Rombach et al. 2022, Tables 6, 7 and 15 (no weights were released). 215.
 the UNet, 55.32M in the first stage. Paper: FID 2.37, LPIPS 0.145 without and 2.15, 0.144 with
 attention in the first stage (Places, all masks, 512 crops) after 360k steps of batch 128 on 8 V100,
 6.66 to 7.04 hours per epoch. The paper's lr of 1e-6 may be before its scaling with the batch, which
-is used here. Its training data are not read yet, so train refuses; import, sampling and export
-work.
+is used here.
 """
 
 from ldm_jax import config as base

@@ -6,8 +6,7 @@ Source: Rombach et al. 2022, section 4.5 and Table 7; the authors' inpainting_bi
 387.25M parameters in the UNet, 53.22M in the first stage. Paper: FID 1.50, LPIPS 0.137 (Places, all
 masks, 512 crops, DDIM 50 steps, eta 0) after half an epoch of fine-tuning at 512; 2.40 and 0.142
 without it. On 8 V100; steps and days are not published. The learning rate is the published
-multiplier times base times batch. Its training data are not read yet, so train refuses; import,
-sampling and export work.
+multiplier times base times batch.
 """
 
 from ldm_jax import config as base

@@ -5,8 +5,10 @@ python -m ldm_jax.train --config=configs/layout_coco.py
 Source: Rombach et al. 2022, Tables 9 and 15 (no weights were released). 312M parameters in the
 UNet, 59M in the box transformer, 67.72M in the first stage; the paper says 345M. Paper: FID 42.06
 (2048 images, DDIM 100 steps) after 170k steps of batch 48 on one A100; days, beta and loss are not
-published, those of the OpenImages model are used. Its training data are not read yet, so train
-refuses; import, sampling and export work.
+published, those of the OpenImages model are used.
+
+Boxes of this data set are not read yet, so train refuses it; with `--config.data.source=scenes
+--config.data.flip=False` it trains on composed scenes.
 """
 
 from ldm_jax import config as base

@@ -5,7 +5,9 @@ python -m ldm_jax.train --config=configs/layout_openimages.py
 Source: Rombach et al. 2022, Tables 9 and 15; the authors' layout2img-openimages256. 246.28M
 parameters in the UNet, 59M in the box transformer, 55.32M in the first stage. Paper: FID 32.02
 (2048 images, DDIM 200 steps, eta 0) after 4.4M steps of batch 24 on one A100; days not published.
-Its training data are not read yet, so train refuses; import, sampling and export work.
+
+Boxes of this data set are not read yet, so train refuses it; with `--config.data.source=scenes
+--config.data.flip=False` it trains on composed scenes.
 """
 
 from ldm_jax import config as base

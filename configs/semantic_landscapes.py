@@ -6,8 +6,10 @@ Source: Rombach et al. 2022, section 4.3.2 and Table 15; the authors' semantic_s
 parameters in the UNet, 546 in the map's projection, 55.32M in the first stage. Trained 360k steps
 of batch 48 on one A100; no figure of quality and no days are published. The paper's table says f=8,
 its text and the released model f=4. The attention factors are the published ones, which this UNet
-never reaches: only its middle has attention. Its training data are not read yet, so train refuses;
-import, sampling and export work.
+never reaches: only its middle has attention.
+
+Training needs a source with a column of maps, such as `--config.data.source=scenes
+--config.data.flip=False`.
 """
 
 from ldm_jax import config as base

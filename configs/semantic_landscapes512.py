@@ -4,8 +4,10 @@ python -m ldm_jax.train --config=configs/semantic_landscapes512.py
 
 Source: the authors' semantic_synthesis512, fine-tuned from the 256x256 model. 215.23M parameters in
 the UNet, 546 in the map's projection, 55.32M in the first stage. Batch 8 per device on 512x512
-crops of 768; steps, days and figures are not published. Its training data are not read yet, so
-train refuses; import, sampling and export work.
+crops of 768; steps, days and figures are not published.
+
+Training needs a source with a column of maps, such as `--config.data.source=scenes
+--config.data.flip=False`.
 """
 
 from ldm_jax import config as base

@@ -6,7 +6,7 @@ Source: Rombach et al. 2022, Tables 5 and 15 (no weights were released). 113.6M 
 UNet, 55.32M in the first stage. The paper's table lists no attention; with the blind model's, the
 sum is its 169M. Paper: FID 2.8 (ImageNet validation, against its validation features; 4.8 against
 training features), IS 166.3, PSNR 24.4, SSIM 0.69 (DDIM 100 steps) after 860k steps of batch 64 on
-one A100. Its training data are not read yet, so train refuses; import, sampling and export work.
+one A100.
 """
 
 from ldm_jax import config as base

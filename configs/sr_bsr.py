@@ -3,8 +3,7 @@
 python -m ldm_jax.train --config=configs/sr_bsr.py
 
 Source: the authors' bsr_sr/config.yaml. 113.62M parameters in the UNet, 55.32M in the first stage.
-Trained on OpenImages, batch 64 per device; steps, days and figures are not published. Its training
-data are not read yet, so train refuses; import, sampling and export work.
+Trained on OpenImages, batch 64 per device; steps, days and figures are not published.
 """
 
 from ldm_jax import config as base

@@ -15,9 +15,8 @@ from typing import Any
 
 from absl import flags
 
-from ldm_jax import cli
+from ldm_jax import cli, sample_inputs
 from ldm_jax.errors import UserError
-from ldm_jax.sample_inputs import read_inputs
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Workdir of a training run.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "How many images.")
@@ -34,7 +33,7 @@ _SPACING = flags.DEFINE_string(
 _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/step_<step>.")
 _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png.")
-
+flags.adopt_module_key_flags(sample_inputs)  # so that --help lists them
 
 READABLE = ("label", "text")  # conditions that samples.json repeats
 
@@ -52,7 +51,7 @@ def main() -> None:
     cli.use_compilation_cache()
     pipe = load(_WORKDIR.value)
     seeds = list(range(_SEED.value, _SEED.value + _NUM_SAMPLES.value))
-    inputs, pictures = read_inputs(pipe, len(seeds))
+    inputs, pictures = sample_inputs.read_inputs(pipe, len(seeds))
     defaults = pipe.config.sample
     sampler = defaults.sampler if _SAMPLER.value is None else _SAMPLER.value
     settings = {
