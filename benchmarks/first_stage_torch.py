@@ -40,12 +40,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks.trainer_torch import Trainer
-from ldm_jax import cli, random, run
+from ldm_jax import cli, random
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.data.sources import Source
 from ldm_jax.errors import UserError
+from ldm_jax.preflight import open_data
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.first_stage_steps import first_stage_functions
@@ -91,7 +92,7 @@ def main() -> None:
     if (out / "first_stage" / files.WEIGHTS).is_file():
         raise UserError(f"{out} has a first stage already: choose another --out")
     torch.set_num_threads(cores())
-    source, key = run.open_data(config, workdir), jax.random.fold_in(jax.random.key(config.seed), 1)
+    source, key = open_data(config, workdir), jax.random.fold_in(jax.random.key(config.seed), 1)
     trainer = Trainer(config, start(config, key))
     config = config.copy_and_resolve_references()
     config.train.steps = 0  # the workdir will hold a first stage only
