@@ -20,7 +20,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "imported")
 # One runs by default, a first stage with all its losses and options; class-conditional models run
 # in test_end_to_end.py, models with cross-attention in test_fine_tuning.py.
-DEFAULT = {"autoencoder_vq_f4", "layout_coco"}
+DEFAULT = {"autoencoder_vq_f4", "emoji_layout"}
 
 
 def load(path: pathlib.Path, arg: str = ""):

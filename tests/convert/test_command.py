@@ -110,7 +110,7 @@ def test_wrong_input_gets_one_line(published, arguments, message, monkeypatch, c
     [
         (["--condition=/none.npz"], "is no .npz file"),
         (["--label=1", "--condition=/none.npz"], "not both"),
-        (["--prompt=a cat"], "reads no captions"),
+        (["--prompt=a cat"], "--prompt needs a model with the conditioner 'text'"),
         (["--spacing=wide"], "unknown spacing 'wide'"),
         (["--sampler=plms", "--eta=1"], "eta must be 0"),
     ],

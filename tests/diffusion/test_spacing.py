@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from golden_utils import load
 
-from ldm_jax import config
+from ldm_jax import checks
 from ldm_jax.diffusion import samplers, spacing
 from ldm_jax.diffusion.samplers import SAMPLERS, SPACINGS, make_table
 from ldm_jax.diffusion.schedule import make_schedule, posterior
@@ -118,8 +118,8 @@ def test_only_stochastic_tables_have_noise():
 
 
 def test_the_config_knows_all_names():
-    assert config._CHOICES["sample.sampler"] == tuple(SAMPLERS)
-    assert config._CHOICES["sample.spacing"] == SPACINGS
+    assert checks.CHOICES["sample.sampler"] == tuple(SAMPLERS)
+    assert checks.CHOICES["sample.spacing"] == SPACINGS
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,17 @@ from golden_utils import quick_jit
 
 from ldm_jax import random
 from ldm_jax.errors import UserError
+from ldm_jax.first_stage.fsq import FSQModel
 from ldm_jax.first_stage.identity import Identity
 from ldm_jax.first_stage.kl import AutoencoderKL
 from ldm_jax.first_stage.vq import VQModel
 
 SHAPE = dict(width=32, mult=(1, 1), depth=1, attn_downsample=(), z_channels=2, channels=4)
 KL, VQ = AutoencoderKL(**SHAPE), VQModel(**SHAPE, codes=16)
+FSQ = FSQModel(**SHAPE, levels=(3, 4, 5, 3))
 # The module, the channels of its moments, its latents' shape for 16x16 images.
 CASES = [(Identity(), 3, (16, 16, 3)), (KL, 8, (8, 8, 4)), (VQ, 4, (8, 8, 4))]
+CASES += [(FSQ, 4, (8, 8, 4))]
 IMAGES = np.random.RandomState(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
 KEYS = random.example_keys(jax.random.key(0), 2)
 
@@ -41,6 +44,8 @@ def test_shapes_and_dtypes(net, moment_channels, latent, dtype):
     moments = (2, *latent[:2], moment_channels)
     want = [moments, (2, *latent), (2, *latent), IMAGES.shape, IMAGES.shape]
     assert [a.shape for a in arrays] == want
+    if "codes" in aux:
+        assert aux.pop("codes").dtype == np.int32
     assert {a.dtype for a in jax.tree.leaves((variables, arrays, aux))} == {np.dtype(np.float32)}
     assert jax.tree.map(jnp.shape, variables["latents"]) == {
         "shift": latent[-1:],
