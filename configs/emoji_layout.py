@@ -1,8 +1,8 @@
-"""Layout to image on composed scenes, 64x64: labelled boxes of six classes, in minutes on a CPU.
+"""Layout to image on composed scenes, 64x64: labelled boxes of six classes.
 
 python -m ldm_jax.train --config=configs/emoji_layout.py
 
-Held-out scenes (--config.data.split=test) show objects that training never saw.
+A start for a CPU: after the 560 steps here, colours gather where the boxes are, and no more.
 """
 
 from ldm_jax import config as base
