@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -68,6 +69,17 @@ def _help(main: Callable[[], int | None]) -> str:
     module = sys.modules[main.__module__]
     own, shared = (flags.FLAGS.module_help(m) for m in (module, sys.modules[__name__]))
     return f"{(module.__doc__ or '').strip()}\n\n{own}\n{shared}"
+
+
+@contextlib.contextmanager
+def writing(out: os.PathLike[str]) -> Iterator[None]:
+    """Turns what the system says of files in the folder --out into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out} ({error.strerror}): choose another --out"
+        ) from error
 
 
 def use_compilation_cache() -> None:

@@ -11,10 +11,8 @@ rfid need `python -m ldm_jax.weights fetch lpips` and `fetch inception` once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -66,7 +64,7 @@ def main() -> None:
     root = pathlib.Path(_WORKDIR.value)
     read_config(root)  # before a folder is made in what is no workdir
     out = pathlib.Path(_OUT.value or root / "evaluation")
-    with _writing(out):
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
     found, record = evaluate_first_stage(
         root,
@@ -78,20 +76,10 @@ def main() -> None:
         batch_size=_BATCH_SIZE.value,
     )
     print(table(record))
-    with _writing(out):
+    with cli.writing(out):
         images.save_png(out / "reconstructions.png", found.grid())
         (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"metrics.json and reconstructions.png are in {out}")
-
-
-@contextlib.contextmanager
-def _writing(out: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {out} ({error.strerror}): choose another --out"
-        ) from error
 
 
 def table(record: dict[str, Any]) -> str:

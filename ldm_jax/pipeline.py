@@ -24,7 +24,7 @@ from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
 # Fields of the size of the images.
-PLACED = ("segmentation", "low_res", "masked_image")
+SIZED = ("segmentation", "low_res", "masked_image")
 # What works without a part, or how to get it.
 MISSING = {
     "denoiser": "it can encode and decode, but not sample",
@@ -206,7 +206,7 @@ class Pipeline:
                 f"images of {size[0]}x{size[1]} (height x width): this model makes multiples of "
                 f"{unit}"
             )
-        fixed = set(fields_lib.specify(self.config)) & set(PLACED)
+        fixed = set(fields_lib.specify(self.config)) & set(SIZED)
         if fixed and tuple(size) != (self.config.data.resolution,) * 2:
             raise UserError(
                 f"a model with the condition '{sorted(fixed)[0]}' makes images of its training "

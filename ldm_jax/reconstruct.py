@@ -60,14 +60,10 @@ def main() -> None:
     out = pathlib.Path(_OUT.value or root / "reconstructions")
     _check_outputs(paths, out)
     pipe = Pipeline(config, {"first_stage": files.load_first_stage(root, config)}, step=0)
-    try:
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for path in paths:
             _reconstruct(pipe, path, factor, out)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {out} ({error.strerror}): choose another --out"
-        ) from error
 
 
 def _outputs(path: pathlib.Path, out: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

@@ -66,7 +66,7 @@ def main() -> None:
     out = pathlib.Path(
         _OUT.value or pathlib.Path(_WORKDIR.value) / "samples" / f"step_{pipe.step:07d}"
     )
-    try:
+    with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
         pixels = pipe.sample(seeds, batch_size=_BATCH_SIZE.value, **inputs, **settings)
         record = {"checkpoint_step": pipe.step, **settings, "seeds": seeds, "condition": shown}
@@ -76,10 +76,6 @@ def main() -> None:
         if _GRID.value:
             images.save_png(out / "grid.png", images.make_grid(pixels))
         (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {out} ({error.strerror}): choose another --out"
-        ) from error
     print(f"{len(seeds)} images of step {pipe.step} in {out}")
 
 

@@ -52,8 +52,6 @@ _INTERPOLATE = flags.DEFINE_list(
 )
 _HEIGHT = flags.DEFINE_integer("height", None, "Of the images, in pixels.")
 _WIDTH = flags.DEFINE_integer("width", None, "Of the images, in pixels.")
-# Each makes the condition; several would contradict each other or need the model to know both.
-_ONE_FIELD = (_LAYOUT, _SEGMENTATION, _LOW_RES)
 
 
 def read_inputs(pipe: Pipeline, count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -101,7 +99,7 @@ def _condition(
     if _PROMPT.value and _PROMPTS_FILE.value:
         raise UserError("give --prompt or --prompts_file, not both")
     if _CONDITION.value:
-        others = (_LABEL, _PROMPT, _PROMPTS_FILE, *_ONE_FIELD)
+        others = (_LABEL, _PROMPT, _PROMPTS_FILE, _LAYOUT, _SEGMENTATION, _LOW_RES)
         if given := [flag.name for flag in others if flag.value]:
             raise UserError(f"give --condition or --{given[0]}, not both")
         return _read_condition(_CONDITION.value, count)

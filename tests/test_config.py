@@ -5,6 +5,7 @@ import pytest
 from ldm_jax import checks
 from ldm_jax import config as config_lib
 from ldm_jax.conditioners.label import SLOTS
+from ldm_jax.data import degradation, masks
 from ldm_jax.diffusion.objective import ERRORS
 from ldm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ldm_jax.diffusion.schedule import BETAS
@@ -92,6 +93,8 @@ def test_values_that_do_not_fit_are_refused(change, message):
         ("diffusion.predict", PARAMETERIZATIONS),
         ("diffusion.loss", ERRORS),
         ("label.slot", SLOTS),
+        ("data.mask", masks.KINDS),
+        ("data.low_res.degradation", degradation.KINDS),
     ],
 )
 def test_choices_are_what_the_parts_know(key, names):

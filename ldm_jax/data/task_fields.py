@@ -11,11 +11,13 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from ldm_jax.data.degradation import degrade
 from ldm_jax.data.layout import boxes_from_coco, encode_layout
 from ldm_jax.data.masks import draw_mask
+from ldm_jax.data.scenes import flip_boxes
 from ldm_jax.data.transforms import Draw, ImageTransform, crop_box
 from ldm_jax.errors import UserError
 from ldm_jax.images import to_float
@@ -89,9 +91,8 @@ def layout(length: int, vocab_size: int) -> Maker:
 
     def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
         height, width = example["image"].shape[:2]
-        boxes = boxes_from_coco(example["boxes"], height=height, width=width)
-        if draw.flip:
-            boxes = [(label, 1 - x1, y0, 1 - x0, y1) for label, x0, y0, x1, y1 in boxes]
+        entries = flip_boxes(example["boxes"], width) if draw.flip else example["boxes"]
+        boxes = boxes_from_coco(entries, height=height, width=width)
         top, left, side = crop_box(height, width, draw)
         if draw.flip:
             left = width - left - side
@@ -124,17 +125,16 @@ def segmentation(num_classes: int) -> Maker:
     return make
 
 
-def make_transform(image: ImageTransform, fields: Sequence[str], settings) -> TaskTransform:
-    """Returns the transform that makes those of `fields` that are made.
-
-    `settings` is the config.
-    """
+def make_transform(
+    image: ImageTransform, fields: Sequence[str], config: ConfigDict
+) -> TaskTransform:
+    """Returns the transform that makes those of `fields` that are made, as the config says."""
     makers = {
         "low_res": functools.partial(
-            low_res, settings.data.low_res.factor, settings.data.low_res.degradation
+            low_res, config.data.low_res.factor, config.data.low_res.degradation
         ),
-        "mask": functools.partial(hole, settings.data.mask),
-        "boxes": functools.partial(layout, settings.layout.length, settings.layout.vocab_size),
-        "segmentation": functools.partial(segmentation, settings.segmentation.num_classes),
+        "mask": functools.partial(hole, config.data.mask),
+        "boxes": functools.partial(layout, config.layout.length, config.layout.vocab_size),
+        "segmentation": functools.partial(segmentation, config.segmentation.num_classes),
     }
     return TaskTransform(image, tuple(makers[name]() for name in fields if name in makers))
