@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ldm_jax", "ldm_jax.*"]),
-    package_data={"ldm_jax.data": ["assets/*"]},
+    package_data={"ldm_jax.data": ["assets/*", "assets/scenes_vocab/*"]},
     python_requires=">=3.11",
     # Lower bounds are those that were tried; upper bounds guard against known API moves.
     install_requires=[

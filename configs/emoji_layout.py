@@ -1,8 +1,6 @@
 """Layout to image on composed scenes, 64x64: labelled boxes of six classes.
 
 python -m ldm_jax.train --config=configs/emoji_layout.py
-
-A start for a CPU: after the 560 steps here, colours gather where the boxes are, and no more.
 """
 
 from ldm_jax import config as base
@@ -11,11 +9,15 @@ from ldm_jax import config as base
 def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="scenes", fields=("boxes",), resolution=64, flip=False)
-    c.data.split = "train[:4000]"
+    c.data.split, c.first_stage.eval.split = "train[:90%]", "test"
     base.use_small_model(c)
+    c.first_stage.stats_images = 2000
+    c.first_stage.train.steps = 400
     c.conditioners = ("layout",)
     c.layout.update(vocab_size=401, width=128, depth=2, length=18, null=True)
-    c.denoiser.cross_attention = True
+    c.denoiser.update(cross_attention=True, attn_downsample=(1, 2))
+    c.train.update(steps=1500, picture_every=750, checkpoint_every=500)
+    c.ema_decay = 0.995
     c.cond_drop_rate = 0.1
     c.sample.guidance_scale = 2.0
     return base.finish(c, arg)

@@ -7,8 +7,8 @@ UNet, 59M in the box transformer, 67.72M in the first stage; the paper says 345M
 (2048 images, DDIM 100 steps) after 170k steps of batch 48 on one A100; days, beta and loss are not
 published, those of the OpenImages model are used.
 
-Boxes of this data set are not read yet, so train refuses it; with `--config.data.source=scenes
---config.data.flip=False` it trains on composed scenes.
+The 80 classes of COCO; crowds are left out. Other boxes: `--config.data.source=folder:PATH`, or
+`--config.data.source=scenes --config.data.flip=False` for composed scenes.
 """
 
 from ldm_jax import config as base

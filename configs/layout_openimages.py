@@ -6,8 +6,9 @@ Source: Rombach et al. 2022, Tables 9 and 15; the authors' layout2img-openimages
 parameters in the UNet, 59M in the box transformer, 55.32M in the first stage. Paper: FID 32.02
 (2048 images, DDIM 200 steps, eta 0) after 4.4M steps of batch 24 on one A100; days not published.
 
-Boxes of this data set are not read yet, so train refuses it; with `--config.data.source=scenes
---config.data.flip=False` it trains on composed scenes.
+The 601 classes of OpenImages V4, which go by its codes, such as /m/011k07. Other boxes:
+`--config.data.source=folder:PATH`, or `--config.data.source=scenes --config.data.flip=False` for
+composed scenes.
 """
 
 from ldm_jax import config as base

@@ -6,8 +6,9 @@ Source: Rombach et al. 2022, Tables 2 and 15; the authors' txt2img-1p4B-eval.yam
 parameters in the UNet, 542.8M in the used part of the text transformer, 83.65M in the first stage.
 Paper: FID 12.63, IS 30.29 (30k COCO captions, DDIM 250 steps, guidance 1.5; 23.31 and 20.03
 without) after 390k steps of batch 680 on LAION-400M; the rate of dropped captions, hardware and
-days are not published (the paper gives lr 1e-4, the YAML 5e-5). FOLDER holds BERT's vocab.txt;
-captions come from metadata.jsonl beside the images (docs/models.md).
+days are not published (the paper gives lr 1e-4, the YAML 5e-5). FOLDER holds BERT's vocab.txt
+(docs/models.md). The source here is COCO's captions, for want of LAION's images; for those in a
+metadata.jsonl beside your images: `--config.data.source=folder:PATH --config.data.caption=text`.
 """
 
 from ldm_jax import config as base
@@ -15,7 +16,8 @@ from ldm_jax import config as base
 
 def get_config(arg=""):
     c = base.get_config()
-    c.data.update(source="folder:data/captions", fields=("tokens",), resolution=256)
+    c.data.update(source="tfds:coco_captions", caption="captions/text", fields=("tokens",))
+    c.data.resolution = 256
     base.use_first_stage(c, "kl_f8")
     c.first_stage.update(latent_scale="0.18215")
     c.denoiser.update(width=320, mult=(1, 2, 4, 4), attn_downsample=(1, 2, 4), num_heads=8)

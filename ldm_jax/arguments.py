@@ -1,15 +1,72 @@
-"""Checks of the arrays that callers of a pipeline give."""
+"""Checks of the sizes and arrays that callers of a pipeline give."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from ldm_jax import config as config_lib
+from ldm_jax.diffusion.tiles import OVERLAP
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.tiled import check_sides
+
+# Up to so many times the training side, images are made at once where nothing else is said.
+CONVOLUTIONAL = 2
+
+
+def check_size(config: ConfigDict, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns (height, width) in pixels, by default the training size, if it can be made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if size is None:
+        return (config.data.resolution,) * 2
+    unit = _unit(config)
+    if "low_res" in config.conditioners:
+        unit = math.lcm(unit, config.data.low_res.factor)
+    if min(size) < 1 or size[0] % unit or size[1] % unit:
+        raise UserError(
+            f"images of {size[0]}x{size[1]} (height x width): this model makes multiples of {unit}"
+        )
+    return tuple(size)
+
+
+def choose_tile(config: ConfigDict, size: tuple[int, int], tile: int | None) -> int | None:
+    """Returns the side of the tiles in which images of `size` are made, in pixels; None: at once.
+
+    `tile` None chooses: networks are convolutional, and hold up to twice the training size; beyond
+    that they see tiles of the training size. 0 makes images at once.
+
+    Raises:
+        UserError: a tile that the model cannot take.
+    """
+    unit, resolution = _unit(config), config.data.resolution
+    least = -(-OVERLAP * config_lib.downsampling(config) // unit) * unit
+    if tile is None:
+        tile = max(resolution, least) if max(size) > CONVOLUTIONAL * resolution else 0
+    if tile and (tile < least or tile % unit):
+        raise UserError(
+            f"tiles of {tile} pixels: this model makes multiples of {unit}, and tiles of {least} "
+            f"or more: try {max(least, tile // unit * unit)}"
+        )
+    return tile if tile and max(size) > tile else None
+
+
+def latent_shape(config: ConfigDict, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(h, w, C) of the latents of one image of `size` = (height, width)."""
+    factor = config_lib.downsampling(config)
+    return (size[0] // factor, size[1] // factor, config_lib.latent_channels(config))
+
+
+def _unit(config: ConfigDict) -> int:
+    """What sides of images must be multiples of, in pixels, for first stage and denoiser."""
+    return config_lib.downsampling(config) * 2 ** (len(config.denoiser.mult) - 1)
 
 
 def check_seeds(seeds: Sequence[int]) -> np.ndarray:

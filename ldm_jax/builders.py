@@ -12,6 +12,7 @@ from ldm_jax.conditioners.compose import Compose
 from ldm_jax.conditioners.inpainting import Inpainting
 from ldm_jax.conditioners.label import LabelEmbedder
 from ldm_jax.conditioners.low_res import LowRes
+from ldm_jax.conditioners.noise_level import NoiseLevel
 from ldm_jax.conditioners.segmentation import SpatialRescaler
 from ldm_jax.conditioners.sentence import SentenceEncoder
 from ldm_jax.conditioners.text import TextTransformer
@@ -110,7 +111,8 @@ def build_conditioner(config: ConfigDict) -> nn.Module:
             channels=config.segmentation.channels,
             stages=config.segmentation.stages,
         ),
-        "low_res": lambda: LowRes(config_lib.latent_size(config)),
+        "low_res": lambda: LowRes(config.data.low_res.factor, config_lib.downsampling(config)),
+        "noise_level": lambda: NoiseLevel(config.denoiser.width),
         "inpainting": Inpainting,
     }
     return Compose(parts=tuple(blocks[name]() for name in config.conditioners))

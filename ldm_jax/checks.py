@@ -19,6 +19,7 @@ FIELDS = {
     "layout": ("boxes",),
     "segmentation": ("segmentation",),
     "low_res": ("low_res",),
+    "noise_level": ("noise_level",),
     "inpainting": ("masked_image", "mask"),
 }
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
@@ -62,7 +63,8 @@ _AT_MOST |= {"diffusion.steps": 10**6}
 _PAIRS = {"betas", "beta"}
 _NAMES = {"fields", "conditioners", "metrics"}
 # Fields that are drawn anew whenever an example is seen, and those that go with places in it.
-DRAWN, PLACED = ("low_res", "masked_image", "mask"), ("boxes", "segmentation")
+DRAWN = ("low_res", "noise_level", "masked_image", "mask")
+PLACED = ("boxes", "segmentation")
 METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
 _SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
 CHOICES = {
@@ -289,8 +291,25 @@ def _check_sizes(c: ConfigDict) -> None:
             )
 
 
+def _check_noise(c: ConfigDict) -> None:
+    """Checks noise-level augmentation, of which the model must be told."""
+    noise, told = c.data.low_res.noise, "noise_level" in c.conditioners
+    if not 0 <= noise < 1:
+        raise UserError(f"config.data.low_res.noise is {noise}, but must be in [0, 1)")
+    if told and "low_res" not in c.conditioners:
+        raise UserError(
+            "config.conditioners has 'noise_level', which is that of low_res: add 'low_res' too"
+        )
+    if told != (noise > 0):
+        raise UserError(
+            f"config.data.low_res.noise is {noise:g}, but must be above 0 with the conditioner "
+            "'noise_level', and 0 without"
+        )
+
+
 def _check_conditions(c: ConfigDict) -> None:
     """Checks that the slots which the conditioners fill are those that the denoiser reads."""
+    _check_noise(c)
     vector = "label" in c.conditioners and c.label.slot == "vector"
     if vector and c.label.width != 4 * c.denoiser.width:
         raise UserError(

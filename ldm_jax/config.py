@@ -37,10 +37,13 @@ def shrink(config: ConfigDict) -> ConfigDict:
     deep ones takes longer than running them; widths, steps and resolution fall.
     """
     c = ConfigDict(config).copy_and_resolve_references()
-    if not c.data.source.startswith("emoji"):
-        c.data.update(source="emoji", split="train", where="", label="label")
-    if {"boxes", "segmentation"} & set(c.data.fields):
+    words = "tokens" in c.data.fields and c.text.encoder == "bert" and not c.text.tokenizer
+    if c.data.source == "scenes" or words or {"boxes", "segmentation"} & set(c.data.fields):
         c.data.update(source="scenes", split="train[:256]", flip=False)
+        c.data.update(where="", label="label", caption="text")
+    elif not c.data.source.startswith("emoji"):
+        c.data.update(source="emoji", split="train")
+        c.data.update(where="", label="label", caption="text")
     c.data.update(resolution=32, crop="center", threads=2)
     c.first_stage.update(width=32, depth=1, mult=c.first_stage.mult[:2], norm_groups=8)
     c.first_stage.update(codes=min(c.first_stage.codes, 64))
@@ -60,8 +63,10 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c.label.width = 4 * c.denoiser.width if c.label.slot == "vector" else 32
     c.text.update(vocab_size=min(c.text.vocab_size, 1000), width=64, depth=1, heads=2)
     c.text.update(mlp_width=256, length=16)
+    if words:
+        c.text.tokenizer = "scenes"  # which comes with the package
     if c.text.null_tokens:
-        c.text.update(null_tokens=(1, 2), pad_token=0)
+        c.text.update(null_tokens=(2, 3), pad_token=0)  # as in that vocabulary
     c.layout.update(vocab_size=min(c.layout.vocab_size, 64), width=64, depth=1, length=12)
     # The map must arrive at the latents' size, which has changed with the first stage's levels.
     c.segmentation.update(num_classes=min(c.segmentation.num_classes, 16))

@@ -44,7 +44,10 @@ def get_config() -> ConfigDict:
                 split="train",  # part of the source, e.g. train, test, train[:90%]
                 where="",  # keep the examples with COLUMN=VALUE in the metadata; '' = all
                 label="label",  # metadata column that serves as the field `label`
-                caption="text",  # metadata column that is tokenized for the field `tokens`
+                # Metadata column that is tokenized for the field `tokens`; 'captions/text' is what
+                # is called text in the column captions. Of several captions one is drawn each time
+                # (the first with cache_latents)
+                caption="text",
                 fields=(),  # columns besides the image that reach the model, e.g. ('label',)
                 resolution=256,  # side of the square training images, pixels
                 crop="center",  # center | random (a square of 0.5 to 1.0 of the shorter side)
@@ -53,6 +56,9 @@ def get_config() -> ConfigDict:
                 low_res=dict(  # of the field `low_res`, which is made of the image
                     factor=4,  # how much smaller
                     degradation="bicubic",  # bicubic | bsr (blur, noise and JPEG in random order)
+                    # Largest level of noise that is added, drawn for each example, in [0, 1); the
+                    # conditioner noise_level tells the model which
+                    noise=0.0,
                 ),
                 mask="mixed",  # holes of the field `mask`: thin | medium | thick | box | mixed
                 cache_latents=False,  # encode the set once and keep its moments in host memory
@@ -142,7 +148,9 @@ def get_config() -> ConfigDict:
             text=dict(
                 # bert (the paper's transformer, trained with the denoiser) | clip | sentence
                 encoder="bert",
-                tokenizer="",  # folder with its vocabulary; '' = WORKDIR/tokenizer
+                # Folder with its vocabulary; '' = WORKDIR/tokenizer; scenes = the one that comes
+                # with the package, for captions of the source `scenes`
+                tokenizer="",
                 vocab_size=30522,
                 width=1280,  # of the tokens
                 depth=32,  # layers

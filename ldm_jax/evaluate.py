@@ -1,17 +1,23 @@
-"""Evaluates the first stage of a workdir: how close its reconstructions come to the images.
+"""Evaluates a workdir: how close reconstructions come to images, or how samples obey conditions.
 
 python -m ldm_jax.evaluate --workdir=runs/quickstart
 python -m ldm_jax.evaluate --workdir=runs/imported --source=folder:photos --metrics=psnr,ssim
+python -m ldm_jax.evaluate --workdir=runs/layout --of=condition --split=train[4000:5000]
 
-Prints a table, and writes metrics.json and reconstructions.png: images, their reconstructions, and
-the differences, 4 times amplified around mid-grey. Reconstructions are those of the posterior's
-mode, rounded to 8 bits; psnr, ssim, lpips and mae are means over the images. The metrics lpips and
-rfid need `python -m ldm_jax.weights fetch lpips` and `fetch inception` once.
+Of the first stage it prints a table and writes metrics.json and reconstructions.png: images, their
+reconstructions, and the differences, 4 times amplified around mid-grey. Reconstructions are those
+of the posterior's mode, rounded to 8 bits; psnr, ssim, lpips and mae are means over the images. The
+metrics lpips and rfid need `python -m ldm_jax.weights fetch lpips` and `fetch inception` once.
+
+With --of=condition it samples under the conditions of held-out data, and measures how well these
+are obeyed, beside the same samples judged against the conditions of others (shuffled) and the real
+images (real). Small networks judge; they are fitted to the run's real images in about a minute and
+kept in <workdir>/evaluation. It writes the section `condition` of metrics.json and condition.png. A
+model without conditions fills holes, colours greys and follows strokes.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
@@ -20,6 +26,7 @@ from absl import flags
 from ldm_jax import cli
 from ldm_jax.errors import UserError
 
+_OF = flags.DEFINE_string("of", "reconstruction", "What is evaluated: reconstruction or condition.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Workdir of a run or of an imported model, or a first stage's folder."
 )
@@ -35,18 +42,35 @@ _SPLIT = flags.DEFINE_string(
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images",
     0,
-    "The first ones of the split; 0 = all. A slice such as test[:500] is a fair sample.",
+    "The first ones of the split; 0 = all. A slice such as test[:500] is a fair sample. Of "
+    "conditions: so many from all of the split; 0 = 256.",
 )
 _METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim", "lpips", "rfid"], "What to measure.")
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", 0, "Side of the square images. Default: that of the workdir's config."
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 0, "Images at a time; never changes a result. Default: 8 for each device."
+    "batch_size",
+    0,
+    "Images at a time; never changes a result. Default: 8 for each device; of conditions, "
+    "config.sample.batch_size.",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Sample i comes from the seed SEED + i.")
+_SAMPLER = flags.DEFINE_string("sampler", None, "Of samples. Default: config.sample.sampler.")
+_STEPS = flags.DEFINE_integer("steps", None, "Of samples. Default: config.sample.steps.")
+_SCALE = flags.DEFINE_float(
+    "guidance_scale", None, "Of samples. Default: config.sample.guidance_scale."
 )
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/evaluation.")
 
 UNITS = {"psnr": "dB", "kl_per_element": "nats", "mae": "of values from -1 to 1"}
+UNITS |= {"low_res_psnr": "dB", "luma_error": "levels", "stroke_distance": "levels"}
+UNITS |= {"change_outside_hole": "levels"}
+# What each kind of evaluation leaves to the other.
+FOREIGN = {
+    "reconstruction": (_SEED, _SAMPLER, _STEPS, _SCALE),
+    "condition": (_METRICS, _RESOLUTION),
+}
 
 
 def main() -> None:
@@ -56,8 +80,12 @@ def main() -> None:
     for flag in (_NUM_IMAGES, _RESOLUTION, _BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f"--{flag.name} is {flag.value}, but must be at least 0")
-    from ldm_jax import images
-    from ldm_jax.report import evaluate_first_stage
+    if _OF.value not in FOREIGN:
+        raise UserError(f"--of={_OF.value}: choose from {', '.join(FOREIGN)}")
+    for flag in FOREIGN[_OF.value]:
+        if flag.present:
+            other = next(kind for kind in FOREIGN if kind != _OF.value)
+            raise UserError(f"--{flag.name} is of --of={other}: leave it out here")
     from ldm_jax.workdir import read_config
 
     cli.use_compilation_cache()
@@ -66,6 +94,16 @@ def main() -> None:
     out = pathlib.Path(_OUT.value or root / "evaluation")
     with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
+    kind = {"reconstruction": _reconstruction, "condition": _condition}[_OF.value]
+    name = kind(root, out)
+    print(f"metrics.json and {name} are in {out}")
+
+
+def _reconstruction(root: pathlib.Path, out: pathlib.Path) -> str:
+    """Evaluates the first stage; returns the name of the picture."""
+    from ldm_jax import images
+    from ldm_jax.report import evaluate_first_stage, write_record
+
     found, record = evaluate_first_stage(
         root,
         source=_SOURCE.value,
@@ -78,8 +116,32 @@ def main() -> None:
     print(table(record))
     with cli.writing(out):
         images.save_png(out / "reconstructions.png", found.grid())
-        (out / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"metrics.json and reconstructions.png are in {out}")
+        write_record(out / "metrics.json", record)
+    return "reconstructions.png"
+
+
+def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
+    """Evaluates samples; returns the name of the picture."""
+    from ldm_jax import images
+    from ldm_jax.obedience import Request, evaluate_conditions
+    from ldm_jax.report import write_record
+
+    request = Request(
+        source=_SOURCE.value,
+        split=_SPLIT.value,
+        num_images=_NUM_IMAGES.value,
+        seed=_SEED.value,
+        sampler=_SAMPLER.value,
+        steps=_STEPS.value,
+        guidance_scale=_SCALE.value,
+        batch_size=_BATCH_SIZE.value or None,
+    )
+    record, sheet = evaluate_conditions(root, request)
+    print(condition_table(record))
+    with cli.writing(out):
+        images.save_png(out / "condition.png", sheet)
+        write_record(out / "metrics.json", {"condition": record})
+    return "condition.png"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -92,6 +154,28 @@ def table(record: dict[str, Any]) -> str:
     ]
     for name, value in record["reconstruction"].items():
         lines.append(f"  {name:<16} {value:>9.4f} {UNITS.get(name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def condition_table(record: dict[str, Any]) -> str:
+    """What a record of conditions says: a line for each figure, a column for each reference."""
+    where = f", {record['where']}" if record["where"] else ""
+    lines = [
+        f"{record['num_images']} conditions ({record['source']}, {record['split']}{where}), step "
+        f"{record['checkpoint_step']}, {record['sampler']}, {record['steps']} steps, guidance "
+        f"{record['guidance_scale']:g}"
+    ]
+    figures = record["figures"]
+    columns = list(dict.fromkeys(column for values in figures.values() for column in values))
+    lines.append(" " * 26 + "".join(f"{column:>12}" for column in columns))
+    for name, values in figures.items():
+        shown = (f"{values[c]:12.4f}" if c in values else f"{'-':>12}" for c in columns)
+        lines.append(f"  {name:<24}{''.join(shown)} {UNITS.get(name, '')}".rstrip())
+    for kind, judge in record["judges"].items():
+        lines.append(
+            f"judge ({kind}): {judge['held_out']:.4f} on real images that it was not fitted to; "
+            f"fitted to {judge['images']}"
+        )
     return "\n".join(lines)
 
 

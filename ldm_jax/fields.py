@@ -33,17 +33,28 @@ class Field(NamedTuple):
     high: float
 
 
-def specify(config: ConfigDict) -> dict[str, Field]:
-    """Returns what each field that the config's conditioners read must look like."""
-    size, small = config.data.resolution, config.data.resolution // config.data.low_res.factor
+# Noise of unit variance by the method of Box and Muller stays within 8.6.
+MOST_NOISE = 9
+
+
+def specify(config: ConfigDict, size: tuple[int, int] | None = None) -> dict[str, Field]:
+    """Returns what each field that the config's conditioners read must look like.
+
+    `size` is (height, width) of the images that are made, by default that of training.
+    """
+    size = (config.data.resolution,) * 2 if size is None else tuple(size)
+    small = tuple(side // config.data.low_res.factor for side in size)
+    noise = config.data.low_res.noise
+    bound = 1 + MOST_NOISE * noise
     all_fields = {
         "label": Field((), np.int32, 0, config.label.num_classes - 1),
         "tokens": Field((config.text.length,), np.int32, 0, config.text.vocab_size - 1),
         "boxes": Field((config.layout.length,), np.int32, 0, config.layout.vocab_size - 1),
-        "segmentation": Field((size, size), np.int32, 0, config.segmentation.num_classes - 1),
-        "low_res": Field((small, small, 3), np.float32, -1, 1),
-        "masked_image": Field((size, size, 3), np.float32, -1, 1),
-        "mask": Field((size, size, 1), np.float32, -1, 1),
+        "segmentation": Field(size, np.int32, 0, config.segmentation.num_classes - 1),
+        "low_res": Field((*small, 3), np.float32, -bound, bound),
+        "noise_level": Field((), np.float32, 0, noise),
+        "masked_image": Field((*size, 3), np.float32, -1, 1),
+        "mask": Field((*size, 1), np.float32, -1, 1),
     }
     names = [name for part in config.conditioners for name in config_lib.FIELDS[part]]
     return {name: all_fields[name] for name in names}
@@ -57,13 +68,20 @@ def examples(config: ConfigDict, batch_size: int) -> dict[str, Array]:
     }
 
 
-def check(config: ConfigDict, given: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
+def check(
+    config: ConfigDict,
+    given: Mapping[str, Any],
+    count: int,
+    size: tuple[int, int] | None = None,
+) -> dict[str, np.ndarray]:
     """Checks the fields of `count` examples; returns them as arrays of the right type.
+
+    `size` is that of `specify`.
 
     Raises:
         UserError: a field that the model does not take, a missing one, or a wrong shape or value.
     """
-    known = specify(config)
+    known = specify(config, size)
     for name in given:
         if name not in known:
             takes = ", ".join(known) or "none: it is unconditional"

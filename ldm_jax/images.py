@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 import os
 import pathlib
@@ -73,6 +74,12 @@ def show_difference(images: np.ndarray, reconstructions: np.ndarray) -> np.ndarr
     """
     difference = reconstructions.astype(np.int16) - images
     return np.clip(128 + AMPLIFICATION * difference, 0, 255).astype(np.uint8)
+
+
+def class_picture(classes: np.ndarray, count: int) -> np.ndarray:
+    """A map (H, W) of `count` classes as colours (H, W, 3) uint8; class 0 is white."""
+    hues = [colorsys.hsv_to_rgb(i / max(1, count - 1), 0.7, 0.8) for i in range(count - 1)]
+    return np.round(255 * np.array([(1.0, 1.0, 1.0), *hues]))[classes].astype(np.uint8)
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:

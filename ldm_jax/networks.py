@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from ldm_jax import fields as fields_lib
 from ldm_jax.diffusion import samplers
 from ldm_jax.diffusion.constraint import constrain, keep_luma
 from ldm_jax.diffusion.guidance import make_denoise
+from ldm_jax.diffusion.tiles import scan_tiles, tiled_in_turn
 from ldm_jax.types import Array, Condition
 
 Variables = dict[str, Any]
@@ -33,6 +35,8 @@ class Networks:
         self.first_stage = builders.build_first_stage(config)
         self.denoiser = builders.build_denoiser(config)
         self.conditioner = builders.build_conditioner(config)
+        factor = config_lib.downsampling(config)
+        self._encoding, self._decoding = (factor, 1), (1, factor)  # scales of `scan_tiles`
 
     def encode(self, variables: Variables, pixels: Array) -> Array:
         """Images (B, H, W, 3), uint8 or in [-1, 1] -> scaled latents (B, h, w, C), at the mode."""
@@ -44,11 +48,13 @@ class Networks:
         """Scaled latents (B, h, w, C) -> images (B, H, W, 3), not clipped."""
         return self.first_stage.apply(variables["first_stage"], latents, method="decode")
 
-    def condition(self, variables: Variables, fields: dict[str, Array]) -> Condition:
-        """Batch fields -> what the denoiser takes."""
+    def condition(
+        self, variables: Variables, fields: dict[str, Array], tile: int | None = None
+    ) -> Condition:
+        """Batch fields -> what the denoiser takes; images in them are encoded in tiles or whole."""
         first_stage = variables.get("first_stage")
         encode = functools.partial(self.first_stage.apply, first_stage, method="encode")
-        batch = fields_lib.add_latents(fields, encode)
+        batch = fields_lib.add_latents(fields, _in_tiles(encode, tile, self._encoding))
         return self.conditioner.apply({"params": variables["conditioner"]}, batch)
 
     def null(self, variables: Variables, batch_size: int) -> Condition:
@@ -71,6 +77,7 @@ class Networks:
         size: tuple[int, int],
         guided: bool,
         decode: bool,
+        tile: int | None = None,
     ) -> Array:
         """The whole way from seeds to pixels (B, H, W, 3) uint8 or latents (B, h, w, C).
 
@@ -87,6 +94,8 @@ class Networks:
             size: (h, w) of the latents.
             guided: whether there is guidance at all.
             decode: False returns the latents.
+            tile: side of the tiles, in latents, that the denoiser and the first stage see at a
+                time; None shows them everything at once.
         """
         keys, noise = random.seed_keys(inputs["seeds"]), inputs["noise"]
         shape = (*size, config_lib.latent_channels(self.config))
@@ -96,46 +105,58 @@ class Networks:
         if config_lib.has_null(self.config):
             null = negative = self.null(variables, noise.shape[0])
         if inputs["negative"] is not None:
-            negative = self.condition(variables, inputs["negative"])
+            negative = self.condition(variables, inputs["negative"], tile)
         cond = null
         if inputs["fields"] is not None:
-            cond = self.condition(variables, inputs["fields"])
+            cond = self.condition(variables, inputs["fields"], tile)
+        apply = functools.partial(self.denoise, variables)
         denoise = make_denoise(
-            functools.partial(self.denoise, variables),
+            apply if tile is None else tiled_in_turn(apply, tile),
             self.config.diffusion.predict,
             cond if cond is not None else Condition(),
             negative if guided else None,
             guidance_scale,
         )
-        encode, decoded = (functools.partial(f, variables) for f in (self.encode, self.decode))
+        encode = _in_tiles(functools.partial(self.encode, variables), tile, self._encoding)
+        decoded = _in_tiles(functools.partial(self.decode, variables), tile, self._decoding)
         if inputs["grey"] is not None:
             denoise = constrain(denoise, keep_luma(inputs["grey"], encode, decoded))
         known = start = None
         if inputs["start"] is not None:
             start = encode(inputs["start"])
         if inputs["image"] is not None:
-            known = self._known(variables, inputs["image"], inputs["hole"], size)
+            known = known_latents(encode, inputs["image"], inputs["hole"], size)
         chosen = samplers.SAMPLERS[sampler]
         latents = samplers.sample(denoise, noise, keys, table, chosen, known=known, x0=start)
         return images.to_uint8(decoded(latents)) if decode else latents
 
-    def _known(
-        self, variables: Variables, image: Array, hole: Array, size: tuple[int, int]
-    ) -> samplers.Known:
-        """The latents of an image, kept where no pixel of theirs is in the hole."""
-        kept = ~hole[..., None]
-        pixels = images.to_float(image)
-        # What is in the hole must not reach the latents around it: it gets the mean colour there.
-        mean = (pixels * kept).sum((1, 2), keepdims=True) / kept.sum((1, 2), keepdims=True)
-        latents = self.encode(variables, jnp.where(kept, pixels, mean))
-        batch, height, width, _ = kept.shape
-        windows = kept.reshape(batch, size[0], height // size[0], size[1], width // size[1])
-        return samplers.Known(latents, windows.all((2, 4))[..., None].astype(latents.dtype))
+
+def known_latents(
+    encode: Callable[[Array], Array], image: Array, hole: Array, size: tuple[int, int]
+) -> samplers.Known:
+    """The latents of an image (B, H, W, 3) uint8, kept where no pixel of theirs is in the hole
+    (B, H, W) bool; `size` is (h, w) of the latents."""
+    kept = ~hole[..., None]
+    pixels = images.to_float(image)
+    # What is in the hole must not reach the latents around it: it gets the mean colour there.
+    mean = (pixels * kept).sum((1, 2), keepdims=True) / kept.sum((1, 2), keepdims=True)
+    latents = encode(jnp.where(kept, pixels, mean))
+    batch, height, width, _ = kept.shape
+    windows = kept.reshape(batch, size[0], height // size[0], size[1], width // size[1])
+    return samplers.Known(latents, windows.all((2, 4))[..., None].astype(latents.dtype))
+
+
+def _in_tiles(
+    apply: Callable[[Array], Array], tile: int | None, scale: tuple[int, int]
+) -> Callable[[Array], Array]:
+    if tile is None:
+        return apply
+    return lambda x: scan_tiles(apply, x, tile, scale)
 
 
 def jitted(networks: Networks) -> dict[str, Any]:
     """The methods, compiled; what they have compiled belongs to this call's result."""
     # Bound methods would make the caches of all instances one.
     own = {name: functools.partial(getattr(networks, name)) for name in METHODS}
-    static = {"generate": ("sampler", "size", "guided", "decode")}
+    static = {"generate": ("sampler", "size", "guided", "decode", "tile")}
     return {name: jax.jit(f, static_argnames=static.get(name)) for name, f in own.items()}

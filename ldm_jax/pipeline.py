@@ -11,20 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, images, random
+from ldm_jax import arguments, builders, images, random
 from ldm_jax import config as config_lib
-from ldm_jax import fields as fields_lib
+from ldm_jax import pipeline_conditions as conditions
 from ldm_jax.arguments import check_pixels, check_rows, check_seeds
-from ldm_jax.data.task_fields import mask_out
 from ldm_jax.diffusion import samplers
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.tiled import Memory, Progress, TiledFirstStage, check_sides
 from ldm_jax.networks import Networks, jitted
+from ldm_jax.sampling_memory import sampling_memory
 from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
-# Fields of the size of the images.
-SIZED = ("segmentation", "low_res", "masked_image")
 # What works without a part, or how to get it.
 MISSING = {
     "denoiser": "it can encode and decode, but not sample",
@@ -86,8 +84,12 @@ class Pipeline:
         strength: float = 1.0,
         image: Any | None = None,
         hole: Any | None = None,
+        resample: tuple[int, int] = (1, 1),
         grey: Any | None = None,
+        noise_level: float | None = None,
         size: tuple[int, int] | None = None,
+        tile: int | None = None,
+        measured: Callable[[Memory], None] | None = None,
         decode: bool = True,
     ) -> np.ndarray:
         """Makes one image per seed; image i depends on seed i and its condition alone.
@@ -113,8 +115,19 @@ class Pipeline:
             image: (B, H, W, 3) uint8 of which everything outside `hole` is kept, pixel by pixel.
                 A model trained for inpainting takes both as its condition.
             hole: (B, H, W) bool, True where the image is to be made.
+            resample: how often each step is made with `image` and `hole`, from latents that are
+                noised again (Lugmayr et al. 2022, "RePaint"), and by how many steps; for ddpm,
+                ddim and euler. It takes so many times the network calls.
             grey: (B, H, W) uint8, the luma that the result shall have.
+            noise_level: to which the field 'low_res' is noised, by each seed, where the model was
+                trained with such noise; 0 by default.
             size: (height, width) of the images in pixels; the training resolution by default.
+                Fields that are maps or images have the size that goes with it.
+            tile: side in pixels of the overlapping tiles in which the networks see an image, one
+                at a time; 0 is all at once. By default that is so up to twice the training size,
+                beyond which tiles have the training size.
+            measured: called, before anything is made, with the bytes that this takes at most; may
+                raise. `tile` in it is what runs on the device, with its inputs.
             decode: False returns the latents.
 
         Returns:
@@ -128,6 +141,8 @@ class Pipeline:
         sampler, scale = choose(sampler, s.sampler), choose(guidance_scale, s.guidance_scale)
         if strength != 1 and init_image is None:
             raise UserError(f"strength is {strength:g}, but there is no init_image to start from")
+        if tuple(resample) != (1, 1) and image is None:
+            raise UserError("resample makes parts fit those of an image: give image and hole too")
         table = samplers.make_table(
             sampler,
             self._schedule,
@@ -135,11 +150,13 @@ class Pipeline:
             samplers.nearest_eta(sampler, s.eta) if eta is None else eta,
             choose(spacing, s.spacing),
             strength,
+            resample,
         )
         given = {"init_image": init_image, "image": image, "grey": grey}
         pixels = decode or any(value is not None for value in given.values())
         self._need("denoiser", "conditioner", *(["first_stage"] if pixels else []))
         seeds, size = check_seeds(seeds), self.check_size(size)
+        tile = arguments.choose_tile(self.config, size, tile)
         if (image is None) != (hole is None):
             raise UserError("give image and hole together: what is kept, and where it is not")
         arrays = {
@@ -149,11 +166,10 @@ class Pipeline:
         }
         grey = check_rows("grey", grey, (len(seeds), *size))
         hole = check_rows("hole", hole, (len(seeds), *size))
-        condition = dict(condition or {})
+        condition = conditions.noise_low_res(self.config, condition or {}, noise_level, seeds, size)
         if image is not None and "inpainting" in self.config.conditioners:
-            rows = [mask_out(*pair) for pair in zip(arrays["image"], hole, strict=True)]
-            condition |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        fields = self._fields(condition, len(seeds))
+            condition |= conditions.inpainting_fields(arrays["image"], hole)
+        fields = self._fields(condition, len(seeds), size)
         guided = scale != 1 and (fields is not None or negative is not None)
         if scale != 1 and not config_lib.has_null(self.config):
             raise UserError(
@@ -162,24 +178,24 @@ class Pipeline:
             )
         if negative is not None and scale == 1:
             raise UserError("a negative condition needs a guidance_scale other than 1")
-        shape = self._latent_shape(size)
+        shape = arguments.latent_shape(self.config, size)
         if noise is not None:
             noise = np.asarray(noise, np.float32)
             if noise.shape != (len(seeds), *shape):
                 raise UserError(
                     f"noise has the shape {noise.shape}, but must be {(len(seeds), *shape)}"
                 )
-        run = functools.partial(
-            self._jit["generate"], sampler=sampler, size=shape[:2], guided=guided, decode=decode
-        )
+
+        def tell(program: jax.stages.Compiled, part: dict[str, Any]) -> None:
+            need = dict(count=len(seeds), size=size, tile=tile, guided=guided)
+            measured(self._memory_of(program, part, **need))
+
         made = self._in_batches(
-            lambda part: run(
-                self.variables, part, jnp.float32(scale), jax.tree.map(jnp.asarray, table)
-            ),
+            (jnp.float32(scale), jax.tree.map(jnp.asarray, table)),
             {
                 "seeds": seeds,
                 "fields": fields,
-                "negative": None if negative is None else self._fields(negative, len(seeds)),
+                "negative": None if negative is None else self._fields(negative, len(seeds), size),
                 "noise": noise,
                 "start": arrays["init_image"],
                 "image": arrays["image"],
@@ -187,32 +203,22 @@ class Pipeline:
                 "grey": None if grey is None else images.to_float(grey),
             },
             choose(batch_size, s.batch_size),
+            tell if measured else None,
+            sampler=sampler,
+            size=shape[:2],
+            guided=guided,
+            decode=decode and tile is None,  # tiles of pixels are joined on the host
+            tile=None if tile is None else tile // config_lib.downsampling(self.config),
         )
+        if decode and tile is not None:
+            made = self._decode_in_tiles(made, size, tile)
         if image is not None and decode:
             made = np.where(hole[..., None], made, arrays["image"])
         return made
 
     def check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Returns (height, width) in pixels, by default the training size, if it can be made.
-
-        Raises:
-            UserError: it cannot.
-        """
-        if size is None:
-            return (self.config.data.resolution,) * 2
-        unit = config_lib.downsampling(self.config) * 2 ** (len(self.config.denoiser.mult) - 1)
-        if min(size) < 1 or size[0] % unit or size[1] % unit:
-            raise UserError(
-                f"images of {size[0]}x{size[1]} (height x width): this model makes multiples of "
-                f"{unit}"
-            )
-        fixed = set(fields_lib.specify(self.config)) & set(SIZED)
-        if fixed and tuple(size) != (self.config.data.resolution,) * 2:
-            raise UserError(
-                f"a model with the condition '{sorted(fixed)[0]}' makes images of its training "
-                f"size, {self.config.data.resolution}x{self.config.data.resolution}, only"
-            )
-        return tuple(size)
+        """Returns (height, width) in pixels, by default the training size; see `arguments`."""
+        return arguments.check_size(self.config, size)
 
     def _need(self, *parts: str) -> None:
         """Raises UserError unless there are weights of these parts."""
@@ -225,39 +231,77 @@ class Pipeline:
     ) -> np.ndarray:
         """The noise (B, h, w, C) that the images of these seeds start from."""
         keys = random.seed_keys(check_seeds(seeds))
-        return np.asarray(samplers.initial_noise(keys, self._latent_shape(self.check_size(size))))
+        shape = arguments.latent_shape(self.config, self.check_size(size))
+        return np.asarray(samplers.initial_noise(keys, shape))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of one image's latents, at the training resolution."""
-        return self._latent_shape((self.config.data.resolution,) * 2)
+        return arguments.latent_shape(self.config, (self.config.data.resolution,) * 2)
 
-    def _latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        factor = config_lib.downsampling(self.config)
-        return (size[0] // factor, size[1] // factor, config_lib.latent_channels(self.config))
+    def _in_batches(
+        self,
+        shared: tuple,
+        inputs: dict[str, Any],
+        batch_size: int,
+        measured: Callable[[jax.stages.Compiled, dict[str, Any]], None] | None,
+        **settings: Any,
+    ) -> np.ndarray:
+        """Generates equal batches, the last one padded, and joins the results.
 
-    def _in_batches(self, run: Any, inputs: dict[str, Any], batch_size: int) -> np.ndarray:
-        """Runs equal batches, the last one padded, and joins the results."""
+        `measured`, if any, is called with the compiled program and its inputs before the first
+        batch.
+        """
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}, but must be at least 1")
         total = len(jax.tree.leaves(inputs)[0])
         devices = self._mesh.size
         batch_size = -(-min(batch_size, total) // devices) * devices
         sharding, parts = batch_sharding(self._mesh), []
+        run = functools.partial(self._jit["generate"], **settings)
         for start in range(0, total, batch_size):
             index = np.minimum(np.arange(start, start + batch_size), total - 1)
             part = jax.tree.map(
                 lambda x, i=index: jax.device_put(np.asarray(x)[i], sharding), inputs
             )
-            parts.append(np.asarray(jax.device_get(run(part))))
+            if measured is not None and start == 0:
+                lowered = self._jit["generate"].lower(self.variables, part, *shared, **settings)
+                run = lowered.compile()  # what runs is what was measured
+                measured(run, part)
+            parts.append(np.asarray(jax.device_get(run(self.variables, part, *shared))))
         return np.concatenate(parts)[:total]
+
+    def _memory_of(
+        self, program: jax.stages.Compiled, inputs: dict[str, Any], **settings: Any
+    ) -> Memory:
+        """See `sampling_memory`, with the decoder's tiles where there are any."""
+        need = sampling_memory(self.config, self.variables, program, inputs, **settings)
+        tile = settings["tile"]
+        if tile is None or "first_stage" not in self.variables:
+            return need
+        decoding = self._tiled.memory(self.variables, *settings["size"], tile)
+        return need._replace(tile=max(need.tile, decoding.tile))
+
+    def _decode_in_tiles(self, latents: np.ndarray, size: tuple[int, int], tile: int) -> np.ndarray:
+        """Decodes latents (B, h, w, C), image by image, to (B, H, W, 3) uint8."""
+        made = np.empty((len(latents), *size, 3), np.uint8)
+        for i in range(len(latents)):
+            decoded = self._tiled.decode(self.variables, latents[i : i + 1], tile)
+            made[i] = images.to_uint8(decoded[0])
+        return made
 
     # -- conditions -----------------------------------------------------------------------------
 
-    def condition(self, fields: Mapping[str, Any]) -> Condition:
-        """Encodes batch fields, e.g. {'label': [3, 5]}, into what the denoiser takes."""
+    def condition(
+        self, fields: Mapping[str, Any], size: tuple[int, int] | None = None
+    ) -> Condition:
+        """Encodes batch fields, e.g. {'label': [3, 5]}, into what the denoiser takes.
+
+        `size` is (height, width) of the images in pixels, by default that of training.
+        """
         self._need("conditioner")
-        checked = self._fields(fields, len(next(iter(fields.values()))) if fields else 0)
+        count = len(next(iter(fields.values()))) if fields else 0
+        checked = self._fields(fields, count, self.check_size(size))
         return self._jit["condition"](self.variables, checked)
 
     def null_condition(self, batch_size: int) -> Condition:
@@ -275,39 +319,12 @@ class Pipeline:
         Raises:
             UserError: no such class, or a model without classes.
         """
-        if "label" not in self.config.conditioners:
-            raise UserError("this model knows no classes: leave --label away")
-        names = list(self.label_names or ())
-        if text in names:  # first, since a class may be called '2'
-            return names.index(text)
-        try:
-            spec = fields_lib.specify(self.config)["label"]
-            return int(fields_lib.check_field("label", spec, [int(text)], 1)[0])
-        except ValueError:
-            known = ", ".join(names) or f"0 to {self.config.label.num_classes - 1}"
-            raise UserError(f"no class '{text}': choose from {known}") from None
+        return conditions.class_number(self.config, list(self.label_names or ()), text)
 
-    def _fields(self, given: Mapping[str, Any] | None, count: int) -> dict[str, np.ndarray] | None:
-        """Checks a condition; None where there is nothing to condition on."""
-        if not given:
-            if self.config.conditioners and not config_lib.has_null(self.config):
-                wanted = ", ".join(fields_lib.specify(self.config))
-                raise UserError(f"this model needs the condition {wanted}")
-            return None
-        given = dict(given)
-        if "text" in given and "text" in self.config.conditioners:
-            given["tokens"] = self._tokens(given.pop("text"))
-        return fields_lib.check(self.config, given, count)
-
-    def _tokens(self, captions: Sequence[str]) -> np.ndarray:
-        if self.tokenizer is None:
-            raise UserError(
-                "captions need a tokenizer: put its folder into the workdir as tokenizer/, or give "
-                "the condition 'tokens'"
-            )
-        if isinstance(captions, str) or not all(isinstance(text, str) for text in captions):
-            raise UserError("text must be a list of captions")
-        return self.tokenizer(list(captions))
+    def _fields(
+        self, given: Mapping[str, Any] | None, count: int, size: tuple[int, int]
+    ) -> conditions.Fields | None:
+        return conditions.check_condition(self.config, given, count, size, self.tokenizer)
 
     # -- the parts on their own -----------------------------------------------------------------
 

@@ -105,12 +105,18 @@ def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
     source = open_source(c.source, split=c.split, where=c.where, label=label)
     if "tokens" in c.fields:
         tokenizer, _ = files.training_tokenizer(workdir, config)
-        source = CaptionedSource(source, c.caption, tokenizer)
+        source = CaptionedSource(source, c.caption, tokenizer.encode)
     check_fields(source, columns(c.fields))
     if c.flip and not getattr(source, "flippable", True):
         raise UserError(
             f"the images of config.data.source='{c.source}' must not be mirrored: set "
             "config.data.flip=False"
+        )
+    names, room = source.label_names or (), config.layout.vocab_size - 1
+    if "boxes" in c.fields and "label" not in c.fields and len(names) > room:
+        raise UserError(
+            f"the boxes of the data have {len(names)} classes, but config.layout.vocab_size is "
+            f"{room + 1}, which has room for {room}: set it to {len(names) + 1} or more"
         )
     if "label" in config.conditioners and source.num_labels > config.label.num_classes:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -80,6 +81,20 @@ def evaluate_first_stage(
         "networks": {name: weights.FILES[name] for name in sorted(networks)},
         "reconstruction": scalars,
     }
+
+
+def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes what was measured as JSON; the section of another kind of evaluation stays in it."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    before = before if isinstance(before, dict) else {}
+    if "condition" in record:
+        record = before | record
+    elif "condition" in before:
+        record = record | {"condition": before["condition"]}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _config_at(config: ConfigDict, resolution: int) -> ConfigDict:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from ldm_jax import config as config_lib
 from ldm_jax import images
 from ldm_jax import workdir as files
+from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.pipeline import Batches, CachedSource, epoch_batches
 from ldm_jax.data.sources import Source
 from ldm_jax.data.task_fields import passed_on
@@ -64,6 +65,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
         pipe = job.diffusion(frozen)
         interrupts.check("before the final samples")
         shown = job.final_pictures(pipe)
+    if isinstance(source, CaptionedSource) and source.cut_share > 0:
+        print(
+            f"captions: {source.cut_share:.1%} were longer than the {config.text.length} tokens of "
+            "config.text.length, and were cut off"
+        )
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Look at:")
     for path in shown:
         print(f"  {path}")

@@ -5,6 +5,7 @@ python -m ldm_jax.sample --workdir=runs/quickstart --label=cat-face --guidance_s
 python -m ldm_jax.sample --workdir=runs/text2img --prompt='a red teapot' --guidance_scale=5
 python -m ldm_jax.sample --workdir=runs/layout --layout=boxes.json
 python -m ldm_jax.sample --workdir=runs/any --image=photo.png --mask=hole.png
+python -m ldm_jax.sample --workdir=runs/any --height=1024 --width=1024 --num_samples=1
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png."
 flags.adopt_module_key_flags(sample_inputs)  # so that --help lists them
 
 READABLE = ("label", "text")  # conditions that samples.json repeats
+RECORDED = ("tile", "resample", "noise_level", "strength")  # and inputs, where they are given
 
 
 def main() -> None:
@@ -68,8 +70,18 @@ def main() -> None:
     )
     with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
-        pixels = pipe.sample(seeds, batch_size=_BATCH_SIZE.value, **inputs, **settings)
-        record = {"checkpoint_step": pipe.step, **settings, "seeds": seeds, "condition": shown}
+        pixels = pipe.sample(
+            seeds,
+            batch_size=_BATCH_SIZE.value,
+            measured=sample_inputs.memory_check(pipe, inputs),
+            **inputs,
+            **settings,
+        )
+        extra = {name: inputs[name] for name in RECORDED if name in inputs}
+        if tuple(inputs["size"]) != pipe.check_size(None):
+            extra["size"] = inputs["size"]
+        record = {"checkpoint_step": pipe.step, **settings, **extra, "seeds": seeds}
+        record["condition"] = shown
         images.save_numbered(out, pixels)
         for name, picture in pictures.items():
             images.save_png(out / f"{name}.png", picture)

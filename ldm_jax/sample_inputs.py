@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 import zipfile
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -16,6 +17,7 @@ from ldm_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from ldm_jax.first_stage.tiled import Memory
     from ldm_jax.pipeline import Pipeline
 
 _LABEL = flags.DEFINE_list(
@@ -37,11 +39,22 @@ _SEGMENTATION = flags.DEFINE_string(
     "segmentation", None, "A grey or palette PNG whose values are class numbers."
 )
 _LOW_RES = flags.DEFINE_string("low_res", None, "An image to enlarge.")
+_NOISE_LEVEL = flags.DEFINE_float(
+    "noise_level",
+    None,
+    "Noise that --low_res is given, for a model trained with it: more invents more. Default: 0.",
+)
 _CONDITION = flags.DEFINE_string(
     "condition", None, "An .npz file with an array per field of the condition, one row per image."
 )
 _IMAGE = flags.DEFINE_string("image", None, "An image to keep but for --mask.")
 _MASK = flags.DEFINE_string("mask", None, "A picture that is white where --image is made anew.")
+_RESAMPLE = flags.DEFINE_list(
+    "resample",
+    None,
+    "Of --image --mask: how often each step is made, from latents that are noised again, so that "
+    "what is made fits what is kept; and by how many steps they go back (default 1): 10 or 10,5.",
+)
 _INIT_IMAGE = flags.DEFINE_string("init_image", None, "An image to start from: see --strength.")
 _STRENGTH = flags.DEFINE_float(
     "strength", 0.7, "Of --init_image: how much of it may change, above 0; 1 keeps nothing."
@@ -52,6 +65,12 @@ _INTERPOLATE = flags.DEFINE_list(
 )
 _HEIGHT = flags.DEFINE_integer("height", None, "Of the images, in pixels.")
 _WIDTH = flags.DEFINE_integer("width", None, "Of the images, in pixels.")
+_TILE = flags.DEFINE_integer(
+    "tile",
+    None,
+    "Side of the overlapping tiles in which images are made, in pixels; 0 = all at once. Default: "
+    "at once up to twice the training size, else tiles of the training size.",
+)
 
 
 def read_inputs(pipe: Pipeline, count: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -63,14 +82,42 @@ def read_inputs(pipe: Pipeline, count: int) -> tuple[dict[str, Any], dict[str, n
     """
     pictures: dict[str, np.ndarray] = {}
     size = _size(pipe)
-    inputs = {"condition": _condition(pipe, count, pictures), "size": size}
+    inputs = {"condition": _condition(pipe, count, size, pictures), "size": size}
+    # What is not given is left to the defaults of `Pipeline.sample`.
+    inputs |= {f.name: f.value for f in (_TILE, _NOISE_LEVEL) if f.value is not None}
+    if _NOISE_LEVEL.value is not None:
+        _need(pipe, "noise_level", _NOISE_LEVEL)
     if _NEGATIVE.value is not None:
         _need(pipe, "text", _NEGATIVE)
         inputs["negative"] = {"text": [_NEGATIVE.value] * count}
+        _warn_of_cuts(pipe, [_NEGATIVE.value])
     inputs |= _pixels(count, size, pictures)
+    if _RESAMPLE.value:
+        inputs["resample"] = _resampling()
     if _INTERPOLATE.value:
         inputs["noise"] = _between_seeds(pipe, count, size)
     return inputs, pictures
+
+
+def memory_check(pipe: Pipeline, inputs: dict[str, Any]) -> Callable[[Memory], None] | None:
+    """What says how much memory large images take, and refuses more than is free; else None.
+
+    It is for `measured` of `Pipeline.sample`, with the inputs that `read_inputs` returned.
+    """
+    from ldm_jax.arguments import choose_tile
+
+    (height, width), resolution = inputs["size"], pipe.config.data.resolution
+    tile = choose_tile(pipe.config, (height, width), inputs.get("tile"))
+    if max(height, width) <= resolution and tile is None:
+        return None
+    what = f"a batch of {height}x{width} " + ("at once" if tile is None else f"in tiles of {tile}")
+    less = f"use --tile={resolution} or a" if tile is None else "use a smaller --tile or"
+
+    def check(need: Memory) -> None:
+        print(f"{what}; memory: {need.bound('a batch')}", flush=True)
+        need.check_fits(what, f"{less} smaller --batch_size")
+
+    return check
 
 
 def _size(pipe: Pipeline) -> tuple[int, int]:
@@ -87,8 +134,19 @@ def _need(pipe: Pipeline, conditioner: str, flag: flags.FlagHolder) -> None:
         )
 
 
+def _resampling() -> tuple[int, int]:
+    """How often each step is made, and the length of a jump back."""
+    given = ",".join(_RESAMPLE.value)
+    if not _IMAGE.value:
+        raise UserError(f"--resample={given} makes parts fit those of an image: add --image --mask")
+    if len(_RESAMPLE.value) > 2 or not all(x.strip().isdecimal() for x in _RESAMPLE.value):
+        raise UserError(f"--resample={given} must be one or two whole numbers, such as 10 or 10,5")
+    times, length = (*map(int, _RESAMPLE.value), 1)[:2]
+    return times, length
+
+
 def _condition(
-    pipe: Pipeline, count: int, pictures: dict[str, np.ndarray]
+    pipe: Pipeline, count: int, size: tuple[int, int], pictures: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
     """The condition of every sample, in turn; None for an unconditional model."""
     import numpy as np
@@ -108,6 +166,7 @@ def _condition(
     if prompts:
         _need(pipe, "text", _PROMPTS_FILE if _PROMPTS_FILE.value else _PROMPT)
         found["text"] = [prompts[i % len(prompts)] for i in range(count)]
+        _warn_of_cuts(pipe, found["text"])
     if _LABEL.value:
         chosen = [pipe.label(text) for text in _LABEL.value]
         found["label"] = [chosen[i % len(chosen)] for i in range(count)]
@@ -123,14 +182,13 @@ def _condition(
         pictures["layout"] = box_picture(boxes, names, (side, side))
     if _SEGMENTATION.value:
         _need(pipe, "segmentation", _SEGMENTATION)
-        size = (c.data.resolution,) * 2
         classes = read.read_label_map(_SEGMENTATION.value, c.segmentation.num_classes, size)
         found["segmentation"] = np.tile(classes, (count, 1, 1))
         pictures["segmentation"] = _class_picture(classes, c.segmentation.num_classes)
     if _LOW_RES.value:
         _need(pipe, "low_res", _LOW_RES)
-        side = c.data.resolution // c.data.low_res.factor
-        small = _fitted(read.read_low_res(_LOW_RES.value, (side, side)))
+        small_size = tuple(side // c.data.low_res.factor for side in size)
+        small = _fitted(read.read_low_res(_LOW_RES.value, small_size))
         found["low_res"] = np.tile(small.astype(np.float32) / 127.5 - 1, (count, 1, 1, 1))
         pictures["low_res"] = small
     return found or None
@@ -163,6 +221,15 @@ def _pixels(count: int, size: tuple[int, int], pictures: dict[str, np.ndarray]) 
         found["grey"] = repeat(grey)
         pictures["grey"] = np.repeat(grey[..., None], 3, axis=-1)
     return found
+
+
+def _warn_of_cuts(pipe: Pipeline, prompts: list[str]) -> None:
+    """Says of each prompt that is too long what the model does not see of it."""
+    from ldm_jax.data.tokenizers import Tokenizer, cut_notes
+
+    if isinstance(pipe.tokenizer, Tokenizer):
+        for note in cut_notes(pipe.tokenizer, prompts):
+            print(note)
 
 
 def _fitted(image: Any) -> np.ndarray:

@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, random, tensors
 from ldm_jax import config as config_lib
+from ldm_jax.data import scenes_vocabulary
 from ldm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_jax.errors import UserError
 from ldm_jax.pipeline import Pipeline
@@ -350,10 +351,12 @@ def tokenizer_folder(workdir: pathlib.Path, config: ConfigDict) -> pathlib.Path 
     """The folder of a model's tokenizer: the workdir's own, else the config's; None if neither."""
     if "text" not in config.conditioners:
         return None
-    own = workdir / TOKENIZER
+    own, named = workdir / TOKENIZER, config.text.tokenizer
     if own.is_dir():
         return own
-    return pathlib.Path(config.text.tokenizer) if config.text.tokenizer else None
+    if named == scenes_vocabulary.NAME:
+        return scenes_vocabulary.FOLDER
+    return pathlib.Path(named) if named else None
 
 
 def training_tokenizer(workdir: pathlib.Path, config: ConfigDict) -> tuple[Tokenizer, pathlib.Path]:
@@ -367,7 +370,8 @@ def training_tokenizer(workdir: pathlib.Path, config: ConfigDict) -> tuple[Token
         if tokenizer is not None:
             return tokenizer, tokenizer_folder(root, config)
     raise UserError(
-        "captions need a tokenizer: set config.text.tokenizer to a folder with its vocabulary"
+        "captions need a tokenizer: set config.text.tokenizer to a folder with its vocabulary, or "
+        f"to '{scenes_vocabulary.NAME}' for captions of scenes"
     )
 
 

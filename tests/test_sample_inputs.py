@@ -1,49 +1,16 @@
 """The inputs of `sample`: files in, images out, through a toy model that nobody trained."""
 
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
-from absl.testing import flagsaver
-from PIL import Image
+from toy_models import NOISE, model, pixels, read, save
 
-from ldm_jax import config as config_lib
-from ldm_jax import networks, sample_inputs
-from ldm_jax import workdir as files
+from ldm_jax import networks
 from ldm_jax.errors import UserError
-from ldm_jax.pipeline import Pipeline
-from ldm_jax.training.steps import diffusion_functions
-
-NOISE = np.random.RandomState(0)
-
-
-def model(*conditioners, **changes):
-    """A pipeline of 32x32 pixels and 8x8 latents with random weights."""
-    c = config_lib.get_config()
-    c.data.update(source="scenes", resolution=32, flip=False)
-    c.data.fields = tuple(f for name in conditioners for f in config_lib.FIELDS[name])
-    c.data.low_res.factor = 4
-    c.conditioners = conditioners
-    c.first_stage.update(kind="kl", width=8, mult=(1,), depth=1, patch=4, norm_groups=8)
-    c.first_stage.update(mid_attn=False, z_channels=3, channels=3)
-    c.denoiser.update(width=32, mult=(1,), depth=1, attn_downsample=())
-    c.denoiser.cross_attention = "layout" in conditioners
-    c.layout.update(vocab_size=401, width=32, depth=1, length=20, null=True)
-    c.segmentation.update(num_classes=7, stages=2)
-    c.sample.update(steps=2, batch_size=8)
-    c.update_from_flattened_dict(changes)
-    config = config_lib.check(c)
-    random = lambda x: (0.1 * NOISE.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    shapes = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
-    variables = jax.tree.map(random, shapes)
-    variables["first_stage"] = jax.tree.map(random, files.abstract_first_stage(config))
-    variables["first_stage"]["latents"] = {
-        "shift": np.zeros(3, np.float32),
-        "scale": np.ones(3, np.float32),
-    }
-    return Pipeline(config, variables, 0, ["animal", "bus", "cat"])
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +18,10 @@ def plain():
     return model()
 
 
-def read(pipe, count=2, **given):
-    with flagsaver.flagsaver(**given):
-        return sample_inputs.read_inputs(pipe, count)
-
-
 @pytest.fixture(autouse=True)
 def parsed():
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
-
-
-def save(path, array):
-    Image.fromarray(array).save(path)
-    return str(path)
-
-
-def pixels(*shape):
-    return NOISE.randint(0, 256, shape).astype(np.uint8)
 
 
 def test_known_pixels_come_back_untouched(plain, tmp_path):
@@ -88,19 +41,14 @@ def test_known_pixels_come_back_untouched(plain, tmp_path):
 def test_latents_are_kept_where_no_pixel_of_theirs_is_in_the_hole(plain):
     hole = np.zeros((1, 32, 32), bool)
     hole[:, 8:13, 8:12] = True  # of the latents 2 and 3 downwards, 2 to the right
-    known = networks.Networks(plain.config)._known(
-        plain.variables, pixels(1, 32, 32, 3), hole, (8, 8)
-    )
+    encode = functools.partial(networks.Networks(plain.config).encode, plain.variables)
+    known = networks.known_latents(encode, pixels(1, 32, 32, 3), hole, (8, 8))
     made = np.argwhere(np.asarray(known.mask)[0, ..., 0] == 0)
     np.testing.assert_array_equal(made, [[2, 2], [3, 2]])
     # What the hole holds is not seen.
-    other = pixels(1, 32, 32, 3)
-    again = networks.Networks(plain.config)._known(
-        plain.variables, np.where(hole[..., None], other, pixels(1, 32, 32, 3) * 0), hole, (8, 8)
-    )
-    black = networks.Networks(plain.config)._known(
-        plain.variables, np.zeros((1, 32, 32, 3), np.uint8), hole, (8, 8)
-    )
+    other = np.where(hole[..., None], pixels(1, 32, 32, 3), np.uint8(0))
+    again = networks.known_latents(encode, other, hole, (8, 8))
+    black = networks.known_latents(encode, np.zeros((1, 32, 32, 3), np.uint8), hole, (8, 8))
     np.testing.assert_allclose(again.x0, black.x0, atol=1e-6)
 
 
@@ -179,8 +127,82 @@ def test_map_and_small_image_become_conditions(tmp_path):
     np.testing.assert_array_equal(inputs["condition"]["segmentation"][1], classes)
     np.testing.assert_array_equal(pictures["low_res"], small)
     assert pipe.sample([0, 1], **inputs).shape == (2, 32, 32, 3)
-    with pytest.raises(UserError, match="makes images of its training size, 32x32, only"):
-        pipe.sample([0], {}, size=(64, 64))
+    with pytest.raises(UserError, match=r"'segmentation' has the shape \(1, 32, 32\), but must be"):
+        pipe.sample([0], {k: v[:1] for k, v in inputs["condition"].items()}, size=(64, 64))
+
+
+def words(captions):
+    """A tokenizer: numbers from 3 up, between 1 and 2, then zeros."""
+    known = {"a": 3, "red": 4, "blue": 5, "teapot": 6}
+    rows = np.zeros((len(captions), 8), np.int32)
+    for row, caption in zip(rows, captions, strict=True):
+        tokens = [1, *(known[word] for word in caption.split()), 2]
+        row[: len(tokens)] = tokens
+    return rows
+
+
+@pytest.fixture(scope="module")
+def text_model():
+    small = dict(vocab_size=7, width=32, depth=1, heads=1, length=8, mlp_width=128)
+    changes = {f"text.{name}": value for name, value in small.items()}
+    pipe = model("text", **changes, **{"text.null_tokens": (1, 2)})
+    pipe.tokenizer = words
+    # So much that a caption shows beside the rounding of float32 sums.
+    strong = jax.tree.map(lambda x: 50 * x, pipe.variables["conditioner"])
+    pipe.variables = pipe.variables | {"conditioner": strong}
+    return pipe
+
+
+def test_prompts_of_a_file_are_used_in_turn(text_model, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red teapot\n\n a blue teapot \n", encoding="utf-8")
+    inputs, _ = read(text_model, 5, prompts_file=str(path))
+    red, blue = "a red teapot", "a blue teapot"
+    assert inputs["condition"] == {"text": [red, blue, red, blue, red]}
+    made = text_model.sample([0, 1, 2, 3, 4], **inputs, decode=False)
+    given = read(text_model, 5, prompt=[red, blue])[0]
+    np.testing.assert_array_equal(made, text_model.sample([0, 1, 2, 3, 4], **given, decode=False))
+    other = text_model.sample([0, 1, 2, 3, 4], {"text": [blue] * 5}, decode=False)
+    differs = (made != other).any((1, 2, 3))
+    np.testing.assert_array_equal(differs, [True, False, True, False, True])
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(text_model):
+    def sample(**given):
+        inputs, _ = read(text_model, 2, prompt=["a red teapot"], **given)
+        return text_model.sample([0, 1], **inputs, guidance_scale=3.0, decode=False)
+
+    plain = sample()
+    # The empty prompt is the null condition of this model: nothing changes, but for float32 sums
+    # of another order.
+    np.testing.assert_allclose(sample(negative_prompt=""), plain, atol=1e-4, rtol=1e-4)
+    away = sample(negative_prompt="a blue teapot")
+    assert (np.abs(away - plain) > 1e-2).any((1, 2, 3)).all()
+    # Away from what it is to show, guidance has nothing left to do.
+    same = sample(negative_prompt="a red teapot")
+    unguided = text_model.sample([0, 1], {"text": ["a red teapot"] * 2}, decode=False)
+    np.testing.assert_allclose(same, unguided, atol=1e-4, rtol=1e-4)
+
+
+def test_resampling_is_a_setting_of_inpainting(plain, tmp_path):
+    image, mask = pixels(32, 32, 3), np.zeros((32, 32), np.uint8)
+    mask[8:20, 8:20] = 255
+    paths = dict(image=save(tmp_path / "a.png", image), mask=save(tmp_path / "m.png", mask))
+    once, _ = read(plain, **paths)
+    twice, _ = read(plain, **paths, resample=["3"])
+    assert "resample" not in once and twice["resample"] == (3, 1)
+    assert read(plain, **paths, resample=["4", "2"])[0]["resample"] == (4, 2)
+    settings = dict(sampler="ddpm", steps=4)
+    made = [plain.sample([0, 1], **inputs, **settings) for inputs in (once, twice, twice)]
+    np.testing.assert_array_equal(made[1], made[2])
+    np.testing.assert_array_equal(made[1][:, mask == 0], np.stack([image[mask == 0]] * 2))
+    assert (made[0] != made[1])[:, mask > 0].any()
+    with pytest.raises(UserError, match="sampler 'dpmpp_2m' makes each step of earlier"):
+        plain.sample([0, 1], **twice, sampler="dpmpp_2m", steps=4)
+    with pytest.raises(UserError, match="give image and hole too"):
+        plain.sample([0], resample=(2, 1))
+    with pytest.raises(UserError, match="one or two whole numbers"):
+        read(plain, **paths, resample=["2", "x"])
 
 
 def test_a_model_for_inpainting_takes_image_and_hole_as_its_condition():
@@ -201,6 +223,8 @@ def test_a_model_for_inpainting_takes_image_and_hole_as_its_condition():
         (dict(prompt=["a"], prompts_file="b"), "not both"),
         (dict(low_res="none.png"), "--low_res needs a model with the conditioner"),
         (dict(init_image="none.png"), "none.png"),
+        (dict(resample=["2"]), "--resample=2 makes parts fit those of an image"),
+        (dict(noise_level=0.5), "--noise_level needs a model with the conditioner"),
         (dict(condition="none.npz"), "is no .npz file"),
         (dict(label=["3"]), "knows no classes"),
     ],

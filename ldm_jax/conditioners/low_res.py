@@ -17,19 +17,21 @@ class LowRes(nn.Module):
     smaller one is enlarged bicubically: (B, h, w, 3). The published models have it of that size.
 
     Attributes:
-        size: height of the latents; it divides the image's height, or the other way round.
+        factor: how much smaller than the images that are made the small ones are.
+        downsampling: how much smaller the latents are; it divides `factor`, or the other way round.
     """
 
-    size: int
+    factor: int
+    downsampling: int
 
     def __call__(self, batch: dict[str, Array]) -> Condition:
         """The small images of a batch."""
         image = batch["low_res"]
-        side = image.shape[1]
-        if side >= self.size:
-            return Condition(concat=space_to_depth(image, side // self.size))
-        times = self.size // side
-        shape = (image.shape[0], times * side, times * image.shape[2], image.shape[-1])
+        if self.downsampling >= self.factor:
+            return Condition(concat=space_to_depth(image, self.downsampling // self.factor))
+        times = self.factor // self.downsampling
+        batch, height, width, channels = image.shape
+        shape = (batch, times * height, times * width, channels)
         return Condition(concat=jax.image.resize(image, shape, "bicubic"))
 
     def null(self, batch_size: int) -> Condition:

@@ -105,7 +105,7 @@ def read_label_map(path: Path, num_classes: int, size: Size) -> np.ndarray:
     whose indices are. One that is a whole number of times larger or smaller than `size` is resized
     by taking the nearest pixel; any other size is refused.
     """
-    classes = _read_classes(path)
+    classes = read_classes(path)
     unknown = np.argwhere(classes >= num_classes)
     if len(unknown):
         row, column = unknown[0]
@@ -121,6 +121,34 @@ def read_label_map(path: Path, num_classes: int, size: Size) -> np.ndarray:
             f"{_shown(size)}, or a whole number of times more or fewer"
         )
     return _nearest(classes, size)
+
+
+def read_classes(path: Path) -> np.ndarray:
+    """Reads the stored numbers of a grey or palette PNG: (H, W) int32, of 0 to 65535.
+
+    Raises:
+        UserError: it cannot be read, or is a picture of another kind.
+    """
+    data = _read_bytes(path, IMAGE_BYTES)
+    rule = "save the class numbers as a PNG of 8 or 16 bits of grey, or with a palette"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            kind, mode = image.format, image.mode
+            numbers = None
+            if kind == "PNG" and (mode in ("1", "L", "P") or mode.startswith("I")):
+                numbers = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
+    except Exception as error:  # Pillow raises many kinds, even SyntaxError, for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot decode the label map {path} ({reason}): {rule}") from error
+    if kind != "PNG":
+        raise UserError(f"the label map {path} is a {kind} file: {rule}")
+    if numbers is None:
+        what = "grey with transparency" if mode == "LA" else "of colours"
+        raise UserError(f"the label map {path} is {what} ({mode}), not of class numbers: {rule}")
+    depth = data[24]  # in the header, which comes first
+    if mode == "L" and depth < 8:  # Pillow spreads 2 and 4 bits of grey over 0..255
+        numbers //= 255 // (2**depth - 1)
+    return numbers
 
 
 def read_layout(path: Path, names: Sequence[str], slots: int | None = None) -> list[Box]:
@@ -200,30 +228,6 @@ def _read_bytes(path: Path, limit: int) -> bytes:
 
 def _decode(path: Path, background: tuple[int, int, int]) -> np.ndarray:
     return decode_image(_read_bytes(path, IMAGE_BYTES), str(path), background)
-
-
-def _read_classes(path: Path) -> np.ndarray:
-    """The stored numbers of a grey or palette PNG: (H, W) int32."""
-    data = _read_bytes(path, IMAGE_BYTES)
-    rule = "save the class numbers as a PNG of 8 or 16 bits of grey, or with a palette"
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind, mode = image.format, image.mode
-            numbers = None
-            if kind == "PNG" and (mode in ("1", "L", "P") or mode.startswith("I")):
-                numbers = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)
-    except Exception as error:  # Pillow raises many kinds, even SyntaxError, for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot decode the label map {path} ({reason}): {rule}") from error
-    if kind != "PNG":
-        raise UserError(f"the label map {path} is a {kind} file: {rule}")
-    if numbers is None:
-        what = "grey with transparency" if mode == "LA" else "of colours"
-        raise UserError(f"the label map {path} is {what} ({mode}), not of class numbers: {rule}")
-    depth = data[24]  # in the header, which comes first
-    if mode == "L" and depth < 8:  # Pillow spreads 2 and 4 bits of grey over 0..255
-        numbers //= 255 // (2**depth - 1)
-    return numbers
 
 
 def _parse_json(path: Path) -> Any:

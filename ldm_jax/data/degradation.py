@@ -53,6 +53,27 @@ def degrade(image: np.ndarray, factor: int, kind: str, random: Uniforms) -> np.n
     raise UserError(f"unknown kind of degradation '{kind}'; choose one of: {', '.join(KINDS)}")
 
 
+def add_noise(image: np.ndarray, level: float, random: Uniforms) -> np.ndarray:
+    """Noises a small image to a level, as the forward process would: sqrt(1 - s^2) x + s e.
+
+    Noise-level augmentation (Ho et al. 2022, "Cascaded diffusion models", section 4.2, in its
+    variance preserving form): a model that has seen such images does not rely on details that real
+    small images, or those that another model made, do not have.
+
+    Args:
+        image: (H, W, 3) float32 in [-1, 1].
+        level: s, in [0, 1); 0 returns the image itself.
+        random: e is a function of its numbers.
+
+    Returns:
+        (H, W, 3) float32, no longer within [-1, 1].
+    """
+    if level == 0:
+        return image
+    kept = np.float32(np.sqrt(1 - float(level) ** 2))
+    return kept * image + np.float32(level) * random.normal(image.shape)
+
+
 def bicubic_down(image: np.ndarray, factor: int) -> np.ndarray:
     """Reduces (H, W, 3) uint8 to (H / factor, W / factor, 3) by an antialiased bicubic filter.
 

@@ -23,6 +23,13 @@ def list_folder(root: pathlib.Path) -> tuple[list[str], dict[str, list], list[st
     columns), the images below it are those it lists. Where nothing is listed the first
     sub-directory gives the column 'label', if all images are in sub-directories.
 
+    Some columns have a meaning of their own:
+        'text': a caption, or a list of them.
+        'boxes': [{'label': name or number, 'bbox': [left, top, width, height]}, ...] in pixels of
+            the file; checked by `number_boxes`.
+        'segmentation': the file name, relative to that directory, of a map of classes, a PNG as
+            `read_classes` reads it. Such files are no images of the set.
+
     If every image is below train/, val/ or test/, these are the splits (and are no labels);
     otherwise all is 'train'.
     """
@@ -32,7 +39,12 @@ def list_folder(root: pathlib.Path) -> tuple[list[str], dict[str, list], list[st
     rows: list[tuple[str, dict]] = []
     for directory in described:
         rows += _read_metadata(root, directory)
-    rows += [(file, {}) for file in files if not _is_below(file, described)]
+    maps = {os.path.normpath(row["segmentation"]) for _, row in rows if row.get("segmentation")}
+    rows += [
+        (file, {})
+        for file in files
+        if not _is_below(file, described) and os.path.normpath(file) not in maps
+    ]
     if not rows:
         raise UserError(f"the folder {root} has no images ({', '.join(sorted(SUFFIXES))})")
 
@@ -77,9 +89,19 @@ def _read_metadata(root: pathlib.Path, directory: str) -> list[tuple[str, dict]]
     for number, row in enumerate(read_jsonl(path.read_bytes(), str(path)), 1):
         if row is None:
             continue
-        name = (pathlib.PurePath(directory) / row.pop("file_name")).as_posix()
-        if not (root / name).is_file():
-            raise UserError(f"line {number} of {path} names a file that is missing: {root / name}")
+        here = pathlib.PurePath(directory)
+        name = (here / row.pop("file_name")).as_posix()
+        wanted = [name]
+        if row.get("segmentation") is not None:
+            if not isinstance(row["segmentation"], str):
+                raise UserError(f"'segmentation' in line {number} of {path} is no name of a file")
+            row["segmentation"] = (here / row["segmentation"]).as_posix()
+            wanted.append(row["segmentation"])
+        for file in wanted:
+            if not (root / file).is_file():
+                raise UserError(
+                    f"line {number} of {path} names a file that is missing: {root / file}"
+                )
         rows.append((name, row))
     return rows
 

@@ -104,7 +104,7 @@ def epoch_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """One pass over the source, in order and without augmentation: centred crops, all of them
-    mirrored if `flip`; over its first `count` examples, if that is not 0.
+    mirrored if `flip`, and first captions; over its first `count` examples, if that is not 0.
 
     Batches are those of `Batches` and 'valid' (b,) bool. All have the same size: the last one is
     filled up with copies of the last example, where 'valid' is False.
@@ -117,7 +117,7 @@ def epoch_batches(
         indices = np.arange(part.start, part.stop) + step * batch_size
         valid = indices < count
         indices = np.minimum(indices, count - 1).tolist()
-        draws = [Draw(flip=flip, random=Uniforms(0, MADE, index)) for index in indices]
+        draws = [Draw(flip, random=Uniforms(0, MADE, index), first=True) for index in indices]
         return {**_make_batch(source, transform, indices, draws, fields), "valid": valid}
 
     steps = range(-(-count // batch_size))
@@ -187,7 +187,12 @@ def _make_batch(
     fields: Sequence[str],
 ) -> Batch:
     examples = [source[index] for index in indices]
-    arrays = [transform.apply(example, draw) for example, draw in zip(examples, draws, strict=True)]
+    arrays = []
+    for index, example, draw in zip(indices, examples, draws, strict=True):
+        try:
+            arrays.append(transform.apply(example, draw))
+        except UserError as error:  # which does not know whose example it is
+            raise UserError(f"{source.name(index)}: {error}") from error
     batch = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
     batch["index"] = np.asarray(indices, np.int32)
     for field in fields:

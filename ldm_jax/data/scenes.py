@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ldm_jax.data.boxes import Boxes
 from ldm_jax.data.folder import METADATA, read_jsonl
 from ldm_jax.data.order import uniforms_at
 from ldm_jax.data.table import split_rows
@@ -59,6 +60,9 @@ _UNCOUNTABLE = frozenset(
     "bacon,baguette bread,bread,broccoli,butter,canned food,coral,cooked rice,custard,garlic,"
     "green salad,oden,popcorn,shaved ice,spaghetti,sushi".split(",")
 )
+# What a caption says between the names of its objects.
+RELATIONS = (("left of", "right of"), ("above", "below"))  # along x, along y
+JOINING = (",", "and", *RELATIONS[0], *RELATIONS[1])
 _TEST_SHARE = 8  # one name in eight
 _OPAQUE = 128  # alpha from which a pixel belongs to the object, of 255
 _FAINT = 32  # alpha below which pixels around the object are cut off
@@ -71,8 +75,6 @@ _TRIES = 10
 _PER_OBJECT = 4 + 2 * _TRIES
 _HEAD, _GROUND = 4, 32
 _BLOCKS = (_HEAD + _GROUND + MAX_OBJECTS * _PER_OBJECT) // 4
-
-Boxes = list[dict]  # [{'label': int, 'bbox': [x, y, width, height]}, ...] in pixels
 
 
 class Thing(NamedTuple):
@@ -328,7 +330,7 @@ def caption(names: Sequence[str], boxes: Boxes, resolution: int, uniform: float)
     """
     centres = [(2 * x + w, 2 * y + h) for x, y, w, h in (box["bbox"] for box in boxes)]
     order = sorted(range(len(names)), key=lambda i: centres[i])
-    phrases = [_with_article(name) for name in names]
+    phrases = [with_article(name) for name in names]
     listed = [phrases[i] for i in order]
     if len(names) == 1:
         return listed[0]
@@ -336,13 +338,22 @@ def caption(names: Sequence[str], boxes: Boxes, resolution: int, uniform: float)
         true = [
             f"{phrases[a]} {relation} {phrases[b]}"
             for a, b in ((0, 1), (1, 0))
-            for axis, relations in enumerate((("left of", "right of"), ("above", "below")))
+            for axis, relations in enumerate(RELATIONS)
             for relation, sign in zip(relations, (1, -1), strict=True)
             if sign * (centres[b][axis] - centres[a][axis]) * 4 >= resolution
         ]
         if true:
             return true[int(uniform * len(true))]
     return f"{', '.join(listed[:-1])} and {listed[-1]}"
+
+
+def with_article(name: str) -> str:
+    """The name of an object as captions say it: "a cat", "an ant", "some grapes"."""
+    plural = name.endswith("s") and not name.endswith(("us", "os", "ss"))
+    if plural or name in _UNCOUNTABLE:
+        return f"some {name}"
+    spoken_as_consonant = name.startswith(("uni", "eur"))  # a unicorn, a european castle
+    return f"{'an' if name[0] in 'aeiou' and not spoken_as_consonant else 'a'} {name}"
 
 
 def flip_boxes(boxes: Boxes, width: int) -> Boxes:
@@ -367,14 +378,6 @@ def _mirror(part: CutOut) -> CutOut:
     x, y, width, height = part.extent
     extent = (part.mask.shape[1] - x - width, y, width, height)
     return CutOut(part.picture[:, ::-1], part.mask[:, ::-1], extent)
-
-
-def _with_article(name: str) -> str:
-    plural = name.endswith("s") and not name.endswith(("us", "os", "ss"))
-    if plural or name in _UNCOUNTABLE:
-        return f"some {name}"
-    spoken_as_consonant = name.startswith(("uni", "eur"))  # a unicorn, a european castle
-    return f"{'an' if name[0] in 'aeiou' and not spoken_as_consonant else 'a'} {name}"
 
 
 def _digest(text: str) -> bytes:

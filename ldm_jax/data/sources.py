@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ldm_jax.data.condition_files import read_classes
 from ldm_jax.data.decode import WHITE, decode_image
 from ldm_jax.data.folder import METADATA, list_folder, read_jsonl
 from ldm_jax.data.scenes import EMOJI, open_scenes
@@ -26,7 +27,7 @@ class Source(Protocol):
 
     Attributes:
         columns: the metadata columns of an example, 'label' among them if there are labels.
-        label_names: the name of each class, or None.
+        label_names: the name of each class, of 'label' or else of 'boxes'; or None.
         num_labels: number of classes, 0 without labels.
     """
 
@@ -125,4 +126,10 @@ def _open_folder(
     def read(name: str) -> np.ndarray:
         return decode_image(root / name, str(root / name), background)
 
-    return select_table(names, columns, splits, read, title=f"the folder {root}", **choice)
+    def read_map(name: str) -> np.ndarray:
+        return read_classes(root / name)
+
+    loaders = {"segmentation": read_map}
+    return select_table(
+        names, columns, splits, read, title=f"the folder {root}", loaders=loaders, **choice
+    )

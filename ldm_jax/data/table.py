@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from ldm_jax.data.boxes import number_boxes
 from ldm_jax.errors import UserError
 
 _SPLIT = re.compile(r"(?P<name>\w+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -21,6 +22,7 @@ class TableSource:
         names: what to call each image, in messages and to `read`; (N,).
         columns: name -> values (N,), None where an image has no value.
         read: decodes the image of a name to (H, W, 3) uint8; called from several threads.
+        loaders: column -> what gives its values, of what `columns` holds; likewise.
     """
 
     def __init__(
@@ -30,10 +32,12 @@ class TableSource:
         read: Callable[[str], np.ndarray],
         label_names: tuple[str, ...] | None = None,
         num_labels: int = 0,
+        loaders: Mapping[str, Callable[[str], np.ndarray]] | None = None,
     ):
         self._names = names
         self._values = columns
         self._read = read
+        self._loaders = dict(loaders or {})
         self.columns = tuple(columns)
         self.label_names = label_names
         self.num_labels = num_labels
@@ -43,6 +47,9 @@ class TableSource:
 
     def __getitem__(self, index: int) -> dict:
         row = {name: values[index] for name, values in self._values.items()}
+        for name, load in self._loaders.items():
+            if row.get(name) is not None:
+                row[name] = load(row[name])
         return {**row, "image": self._read(self._names[index])}
 
     def name(self, index: int) -> str:
@@ -59,15 +66,19 @@ def select_table(
     where: str,
     label: str,
     title: str,
+    loaders: Mapping[str, Callable[[str], np.ndarray]] | None = None,
 ) -> TableSource:
     """Makes the source of the rows that `split` and `where` select, labelled by `label`.
 
-    Labels are numbered over what `where` keeps of all splits, so that a training and a test set
-    agree.
+    Labels, and those of the column `boxes`, are numbered over what `where` keeps of all splits, so
+    that a training and a test set agree.
     """
     matching = match_rows(columns, where, len(names), title)
     labels, label_names, num_labels = number_labels(columns, label, matching, title)
     columns = {key: values for key, values in columns.items() if key != "label"}
+    if "boxes" in columns:
+        columns["boxes"], box_names = number_boxes(columns["boxes"], matching, names, title)
+        label_names = label_names if labels is not None else box_names
     if labels is not None:
         columns["label"] = labels
     rows = sorted(set(split_rows(names, splits, split, title)) & set(matching))
@@ -79,6 +90,7 @@ def select_table(
         read,
         label_names,
         num_labels,
+        loaders,
     )
 
 

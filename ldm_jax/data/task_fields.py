@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ldm_jax.data.degradation import degrade
+from ldm_jax.data.degradation import add_noise, degrade
 from ldm_jax.data.layout import boxes_from_coco, encode_layout
 from ldm_jax.data.masks import draw_mask
 from ldm_jax.data.scenes import flip_boxes
@@ -25,8 +25,8 @@ from ldm_jax.images import to_float
 Arrays = dict[str, np.ndarray]
 Maker = Callable[[np.ndarray, dict, Draw], Arrays]
 # What each field is made of: a column of the source, or '' where the image is enough.
-COLUMNS = {"boxes": "boxes", "segmentation": "segmentation"}
-COLUMNS |= {"low_res": "", "masked_image": "", "mask": ""}
+COLUMNS = {"boxes": "boxes", "segmentation": "segmentation", "tokens": "tokens"}
+COLUMNS |= {"low_res": "", "noise_level": "", "masked_image": "", "mask": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,28 @@ def passed_on(fields: Sequence[str]) -> tuple[str, ...]:
     return tuple(field for field in fields if field not in COLUMNS)
 
 
-def low_res(factor: int, degradation: str) -> Maker:
-    """'low_res' (R / factor, R / factor, 3) float32 in [-1, 1]; see `degrade`."""
+def low_res(factor: int, degradation: str, noise: float = 0.0) -> Maker:
+    """'low_res' (R / factor, R / factor, 3) float32 in [-1, 1]; see `degrade`.
+
+    With `noise` above 0 it is noised to a level that is uniform in [0, noise), see `add_noise`, and
+    'noise_level' () float32 says to which.
+    """
 
     def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
-        return {"low_res": to_float(degrade(image, factor, degradation, draw.random))}
+        small = to_float(degrade(image, factor, degradation, draw.random))
+        if noise == 0:
+            return {"low_res": small}
+        level = np.float32(draw.random.between(0, noise))
+        return {"low_res": add_noise(small, level, draw.random), "noise_level": level}
 
     return make
+
+
+def caption_tokens(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+    """'tokens' (L,) int32: one of the rows of an example's tokens (K, L), each as likely."""
+    rows = example["tokens"]
+    place = 0 if draw.first or draw.random is None else draw.random.integer(0, len(rows) - 1)
+    return {"tokens": rows[place]}
 
 
 def hole(kind: str) -> Maker:
@@ -90,6 +105,8 @@ def layout(length: int, vocab_size: int) -> Maker:
     """'boxes' (length,) int32: the tokens of an example's boxes; see `encode_layout`."""
 
     def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+        if example["boxes"] is None:
+            raise UserError("it has no 'boxes' in metadata.jsonl")
         height, width = example["image"].shape[:2]
         entries = flip_boxes(example["boxes"], width) if draw.flip else example["boxes"]
         boxes = boxes_from_coco(entries, height=height, width=width)
@@ -107,15 +124,21 @@ def segmentation(num_classes: int) -> Maker:
     """'segmentation' (R, R) int32: an example's map of classes, cropped like its image."""
 
     def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
+        if example["segmentation"] is None:
+            raise UserError("it has no 'segmentation' in metadata.jsonl")
         classes = np.asarray(example["segmentation"])
-        if classes.shape != example["image"].shape[:2]:
+        (height, width), size = classes.shape, example["image"].shape[:2]
+        if (height, width) != size:
             raise UserError(
-                f"a map of classes is {classes.shape}, but its image {example['image'].shape[:2]}"
+                f"its map of classes has {width}x{height} pixels, but must have those of the "
+                f"image, {size[1]}x{size[0]}"
             )
-        if classes.min() < 0 or classes.max() >= num_classes:
+        unknown = np.argwhere((classes < 0) | (classes >= num_classes))
+        if len(unknown):
+            row, column = unknown[0]
             raise UserError(
-                f"a map has the class {classes.max()}, but config.segmentation.num_classes is "
-                f"{num_classes}"
+                f"its map of classes has the unknown class {classes[row, column]} at row {row}, "
+                f"column {column} (from 0): config.segmentation.num_classes is {num_classes}"
             )
         top, left, side = crop_box(*classes.shape, draw)
         classes = Image.fromarray(classes[top : top + side, left : left + side].astype(np.int32))
@@ -131,9 +154,13 @@ def make_transform(
     """Returns the transform that makes those of `fields` that are made, as the config says."""
     makers = {
         "low_res": functools.partial(
-            low_res, config.data.low_res.factor, config.data.low_res.degradation
+            low_res,
+            config.data.low_res.factor,
+            config.data.low_res.degradation,
+            config.data.low_res.noise,
         ),
         "mask": functools.partial(hole, config.data.mask),
+        "tokens": lambda: caption_tokens,
         "boxes": functools.partial(layout, config.layout.length, config.layout.vocab_size),
         "segmentation": functools.partial(segmentation, config.segmentation.num_classes),
     }

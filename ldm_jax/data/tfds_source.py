@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ldm_jax.data.boxes import boxes_from_tfds
 from ldm_jax.data.decode import decode_image
 from ldm_jax.data.table import match_rows, number_labels, parse_where
 from ldm_jax.errors import UserError
@@ -17,7 +18,9 @@ from ldm_jax.errors import UserError
 class TfdsSource:
     """A prepared set of tensorflow_datasets; a `Source`.
 
-    The image comes from the feature 'image'; other image features are left out. Names like
+    The image comes from the feature 'image'; other image features are left out. The first sequence
+    of a bbox and a label, as `objects` of coco and `bobjects` of open_images_v4, also gives the
+    column 'boxes'. Names like
     'lsun/bedroom' or 'lsun/bedroom:3.1.0' choose a configuration and a version. The set is looked
     for in the directory in the environment variable TFDS_DATA_DIR, or ~/tensorflow_datasets.
 
@@ -41,6 +44,7 @@ class TfdsSource:
         # The encoded bytes are decoded by `decode_image`, as for every other source.
         self._decoders = {key: tfds.decode.SkipDecoding() for key in images}
         self._keys = tuple(key for key in features if key not in images)
+        self._boxes = _box_feature(tfds, features)
         self._data = self._read_split(split)
         self._where = self._read_where(where)
         self._rows = self._match([self._data])
@@ -54,6 +58,8 @@ class TfdsSource:
         example = self._data[row]
         result = {key: _plain(example[key]) for key in self._keys if key != "label"}
         result["image"] = decode_image(example["image"], self.name(index), self._background)
+        if self._boxes:
+            result["boxes"] = boxes_from_tfds(example[self._boxes], *result["image"].shape[:2])
         if self._label:
             value = _plain(example[self._label])
             result["label"] = self._number[value] if self._number else value
@@ -107,9 +113,24 @@ class TfdsSource:
                 self._number = {name: i for i, name in enumerate(self.label_names)}
         kept = tuple(key for key in self._keys if key != "label")
         self.columns = (*kept, "label") if self._label else kept
+        if self._boxes:
+            self.columns = (*self.columns, "boxes")
+        if self._boxes and not self._label:
+            names = self._builder.info.features[self._boxes]["label"].names
+            self.label_names = tuple(names) if names else None
 
     def _column(self, parts: list, column: str) -> list:
         return [_plain(part[i][column]) for part in parts for i in range(len(part))]
+
+
+def _box_feature(tfds: Any, features: Any) -> str:
+    """The name of the first feature that lists labelled boxes; '' if there is none."""
+    for key, feature in features.items():
+        inner = feature.feature if isinstance(feature, tfds.features.Sequence) else None
+        if isinstance(inner, tfds.features.FeaturesDict) and {"bbox", "label"} <= set(inner.keys()):
+            if isinstance(inner["bbox"], tfds.features.BBoxFeature):
+                return key
+    return ""
 
 
 def _plain(value: Any) -> Any:

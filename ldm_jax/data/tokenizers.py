@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import json
 import os
 import pathlib
 import zlib
@@ -25,6 +26,7 @@ FILES = {
     ),
 }
 CLIP_MERGES = 48894  # that make up a vocabulary of 49408 with 512 bytes and 2 special tokens
+SHOWN = 300  # characters of what is cut off, in a message
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -46,10 +48,37 @@ class Tokenizer:
         BERT's captions end in [SEP] and are padded by [PAD]; CLIP's end in, and are padded by, the
         end token, as in Stable Diffusion v1.
         """
-        tokens = self.backend(
+        return self.encode(captions)[0]
+
+    def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Returns tokens as `__call__` does, and of each caption the end that is cut off, or ''."""
+        found = self.backend(
             list(captions), padding="max_length", truncation=True, max_length=self.length
         )
-        return np.asarray(tokens["input_ids"], np.int32).reshape(-1, self.length)
+        tokens = np.asarray(found["input_ids"], np.int32).reshape(-1, self.length)
+        # Marks of the beginning and the end come from no characters.
+        starts = [
+            next(start for start, stop in encoding.overflowing[0].offsets if stop > 0)
+            if encoding.overflowing
+            else len(caption)
+            for caption, encoding in zip(captions, found.encodings, strict=True)
+        ]
+        return tokens, [caption[i:] for caption, i in zip(captions, starts, strict=True)]
+
+
+def cut_notes(tokenizer: Tokenizer, captions: Sequence[str]) -> list[str]:
+    """A line for each different caption that is too long, with the end that is cut off."""
+    captions = list(dict.fromkeys(captions))
+    notes = []
+    for caption, cut in zip(captions, tokenizer.encode(captions)[1], strict=True):
+        if cut:
+            start, end = (json.dumps(text, ensure_ascii=False) for text in (caption[:40], cut))
+            shown = end if len(end) <= SHOWN else f'{end[:SHOWN]} ..."'
+            notes.append(
+                f"warning: the prompt that begins {start} is longer than the {tokenizer.length} "
+                f"tokens of this model: cut off is {shown}"
+            )
+    return notes
 
 
 def load_tokenizer(kind: str, folder: str | os.PathLike[str], length: int) -> Tokenizer:

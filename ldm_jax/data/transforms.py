@@ -27,11 +27,13 @@ class Draw(NamedTuple):
         crop: (side, top, left), each in [0, 1): the side of the square crop, from half to all of
             the shorter side, and its place in what room is left. None: the largest centred square.
         random: numbers for what is made of the example beside its image; None where nothing is.
+        first: of several captions take the first, not one by `random`.
     """
 
     flip: bool = False
     crop: tuple[float, float, float] | None = None
     random: Uniforms | None = None
+    first: bool = False
 
 
 class Transform(Protocol):

@@ -14,13 +14,15 @@ import numpy as np
 
 from ldm_jax import random
 from ldm_jax.diffusion.guidance import Denoise
+from ldm_jax.diffusion.resampling import resample
 from ldm_jax.diffusion.schedule import Schedule
 from ldm_jax.diffusion.solvers import SAMPLERS, Row, Sampler, Table, level_of
 from ldm_jax.diffusion.spacing import SPACINGS, Grid, make_grid
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array
 
-KNOWN_STREAM = np.uint32(2**32 - 1)  # steps count up from 0 and never get there
+# Steps count up from 0 and never get there.
+KNOWN_STREAM, RENOISE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
 
 
 class Known(NamedTuple):
@@ -57,6 +59,7 @@ def make_table(
     eta: float | None = None,
     spacing: str = "leading",
     strength: float = 1.0,
+    resampling: tuple[int, int] = (1, 1),
 ) -> Table:
     """Makes the table of a sampler: what `sample` runs through.
 
@@ -70,10 +73,12 @@ def make_table(
         spacing: one of SPACINGS.
         strength: share of the steps, the last ones, that are made; for starts from an image. At
             least one is.
+        resampling: how often each step is made, and how many steps x_t goes back each time; see
+            `resample`. The rows grow by that factor.
 
     Raises:
         UserError: for an unknown name, a value outside its range, a spacing that leaves [0, T), or
-            an eta or spacing that makes no sense for the sampler.
+            an eta, spacing or resampling that makes no sense for the sampler.
     """
     sampler = sampler_of(name)
     eta = nearest_eta(name, 0.0) if eta is None else eta
@@ -90,7 +95,17 @@ def make_table(
         raise UserError(f"strength must be above 0 and at most 1, not {strength:g}")
     grid = make_grid(spacing, schedule, steps)
     skipped = len(grid.t) - max(1, round(strength * len(grid.t)))
-    return sampler.table(schedule, Grid(grid.t[skipped:], grid.alpha_bar[skipped:]), eta)
+    grid = Grid(grid.t[skipped:], grid.alpha_bar[skipped:])
+    table = sampler.table(schedule, grid, eta)
+    if tuple(resampling) == (1, 1):
+        return table
+    if sampler.multistep:
+        alone = ", ".join(name for name, other in SAMPLERS.items() if not other.multistep)
+        raise UserError(
+            f"sampler '{name}' makes each step of earlier predictions, so none can be made again "
+            f"from noisier latents: resample with one of {alone}"
+        )
+    return resample(table, grid, *resampling)
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...]) -> Array:
@@ -106,6 +121,11 @@ def step_noise(keys: Array, index: int | Array, shape: tuple[int, ...]) -> Array
 def known_noise(keys: Array, index: int | Array, shape: tuple[int, ...]) -> Array:
     """The noise (B, *shape) that known latents get at row `index`; independent of the others."""
     return random.normal(random.fold_in(random.fold_in(keys, KNOWN_STREAM), index), shape)
+
+
+def renoise(keys: Array, index: int | Array, shape: tuple[int, ...]) -> Array:
+    """The noise (B, *shape) by which row `index` goes back; independent of the others."""
+    return random.normal(random.fold_in(random.fold_in(keys, RENOISE_STREAM), index), shape)
 
 
 def make_step(
@@ -130,11 +150,17 @@ def make_step(
             noise = None
         elif noise is None:
             noise = step_noise(keys, index, carry[0].shape[1:])
-        if known is not None and sampler.blend == "before":
+        # Where x_t goes back to a noisier level, only 'before' finds known parts at that level.
+        before = sampler.blend == "before" or "renoise" in row
+        if known is not None and before:
             carry = blend(carry, index, row, for_known)
         carry = sampler.step(denoise, carry, row, noise)
-        if known is not None and sampler.blend == "after":
+        if known is not None and not before:
             carry = blend(carry, index, row, for_known)
+        if "renoise" in row:
+            x_t = carry[0]
+            fresh = renoise(keys, index, x_t.shape[1:])
+            carry = (row["forward"] * x_t + row["renoise"] * fresh, *carry[1:])
         return carry
 
     return step
@@ -153,8 +179,8 @@ def sample(
     """Runs a sampler from x_T (B, ...) to the latents (B, ...), as one `lax.scan` over the table.
 
     With `known`, the kept parts of x_t are replaced by x0 with fresh noise, before each step or,
-    for ancestral sampling, after it, as in the original code. The result is therefore only close to
-    x0 there: blend it once more for x0 itself.
+    for ancestral sampling without resampling, after it, as in the original code. The result is
+    therefore only close to x0 there: blend it once more for x0 itself.
 
     Args:
         denoise: `(x_t, level) -> Prediction`.

@@ -9,6 +9,7 @@ the network is compiled once. x_t is variance preserving throughout, x_t = alpha
 Rows always have t, alpha and sigma, the level at which the network is called. They have 'noise',
 the factor of fresh noise, only if the sampler is stochastic; otherwise `step` gets None for it.
 Rows with 'corrector' set improve on the step of the row before instead of making a new one.
+Rows with 'forward' and 'renoise' make x_t noisier again after the step, see `resampling`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Sampler(NamedTuple):
         etas: smallest and largest eta that make sense.
         spacings: names of the spacings that make sense.
         blend: whether known parts are put into x_t 'before' or 'after' a step.
+        multistep: whether a step uses what earlier rows predicted, so that none can be made again
+            from a noisier x_t.
     """
 
     table: Callable[[Schedule, Grid, float], Table]
@@ -55,6 +58,7 @@ class Sampler(NamedTuple):
     etas: tuple[float, float] = (0.0, 0.0)
     spacings: tuple[str, ...] = SPACINGS
     blend: Literal["before", "after"] = "before"
+    multistep: bool = False
 
 
 def level_of(row: Row) -> Level:
@@ -273,6 +277,7 @@ SAMPLERS = {
         linear_step("eps"),
         # Its weights are those of equal steps.
         spacings=("leading", "uniform", "linspace", "linspace_open", "trailing"),
+        multistep=True,
     ),
     "dpmpp_2m": Sampler(
         dpmpp_table(2),
@@ -280,13 +285,15 @@ SAMPLERS = {
         linear_step("x0"),
         # The quadratic spacing repeats time steps.
         spacings=tuple(name for name in SPACINGS if name != "quad"),
+        multistep=True,
     ),
     "dpmpp_3m": Sampler(
         dpmpp_table(3),
         linear_init(2),
         linear_step("x0"),
         spacings=tuple(name for name in SPACINGS if name != "quad"),
+        multistep=True,
     ),
     "euler": Sampler(euler_table, lambda x_T: (x_T,), ddim_step),
-    "heun": Sampler(heun_table, linear_init(1), linear_step("eps")),
+    "heun": Sampler(heun_table, linear_init(1), linear_step("eps"), multistep=True),
 }

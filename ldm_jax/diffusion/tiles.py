@@ -1,4 +1,9 @@
-"""Networks on images larger than they were made for: overlapping crops, stitched by weight."""
+"""Networks on images larger than they were made for: overlapping crops, stitched by weight.
+
+Two ways. `scan_tiles` takes one tile after the other, in the memory of one, at places that cover an
+image of any size; that is what sampling uses. `apply_in_tiles` is the original code's: all crops in
+one batch, weighted by their distance to the border, on images that the strides cover exactly.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.types import Array, Condition
 
 CLIP = (0.01, 0.5)
+OVERLAP = 4  # neighbours of `starts` share 1 / OVERLAP of a tile, or more
 
 
 class Tiling(NamedTuple):
@@ -157,6 +163,94 @@ def tiled(
             return apply(crops[0], times, told)
 
         return apply_in_tiles(on_crops, (x_t, concat), kernel, stride, clip=clip, tie_clip=tie_clip)
+
+    return whole
+
+
+def starts(side: int, tile: int) -> np.ndarray:
+    """Where tiles begin along a side, (n,) int64: as few as overlap by a quarter, evenly spread.
+
+    The first begins and the last ends where the side does; a side within one tile has one.
+    """
+    if side <= tile:
+        return np.zeros(1, np.int64)
+    count = -(-(side - tile) // (tile - tile // OVERLAP)) + 1
+    return np.linspace(0, side - tile, count).round().astype(np.int64)
+
+
+def fade(starts: np.ndarray, tile: int) -> np.ndarray:
+    """Weight (n, tile) float32 of each place of each tile along a side; they add up to one.
+
+    A tile takes over from the one before it linearly across their overlap.
+    """
+    begin, end = starts[1:, None], starts[:-1, None] + tile
+    places = starts[:, None] + np.arange(tile) + 0.5
+    taken, given = np.ones(places.shape), np.zeros(places.shape)
+    taken[1:] = np.clip((places[1:] - begin) / (end - begin), 0, 1)
+    given[:-1] = np.clip((places[:-1] - begin) / (end - begin), 0, 1)
+    return (taken - given).astype(np.float32)
+
+
+def scan_tiles(
+    apply: Callable[[Any], Array], x: Any, tile: int, scale: tuple[int, int] = (1, 1)
+) -> Array:
+    """Applies a function to one tile after the other inside a program, and blends what it returns.
+
+    The memory is that of `apply` on one tile of each image, and of the whole result. With the
+    places and weights of `starts` and `fade`, a function of single pixels comes back undisturbed.
+
+    Args:
+        apply: maps (B, a * h, a * w, C) to (B, b * h, b * w, C'), where (a, b) = `scale`.
+        x: (B, a * H, a * W, C), or a tree of such arrays, which are cut alike.
+        tile: the largest h and w, at least OVERLAP; sides within it are not cut.
+        scale: (factor, 1) for an encoder, (1, factor) for a decoder.
+
+    Returns:
+        (B, b * H, b * W, C').
+    """
+    a, b = scale
+    sides = tuple(side // a for side in jax.tree.leaves(x)[0].shape[1:3])
+    shape = tuple(min(side, tile) for side in sides)
+    if shape == sides:
+        return apply(x)
+    rows, columns = (starts(side, t) for side, t in zip(sides, shape, strict=True))
+    down, across = (fade(b * at, b * t) for at, t in zip((rows, columns), shape, strict=True))
+    places = np.array(list(np.ndindex(len(rows), len(columns))))
+
+    def cut(array: Array, place: tuple[Array, Array], factor: int) -> Array:
+        begin = (0, factor * place[0], factor * place[1], 0)
+        size = (array.shape[0], factor * shape[0], factor * shape[1], array.shape[3])
+        return jax.lax.dynamic_slice(array, begin, size)
+
+    def on_tile(index: Array) -> tuple[Array, tuple[Array, Array]]:
+        place = jnp.asarray(rows)[index[0]], jnp.asarray(columns)[index[1]]
+        out = apply(jax.tree.map(lambda array: cut(array, place, a), x))
+        weight = jnp.asarray(down)[index[0]][:, None] * jnp.asarray(across)[index[1]][None]
+        return out * weight[None, ..., None].astype(out.dtype), place
+
+    def add(canvas: Array, index: Array) -> tuple[Array, None]:
+        out, place = on_tile(index)
+        begin = (0, b * place[0], b * place[1], 0)
+        return jax.lax.dynamic_update_slice(canvas, cut(canvas, place, b) + out, begin), None
+
+    out = jax.eval_shape(lambda: on_tile(jnp.asarray(places[0]))[0])
+    canvas = jnp.zeros((out.shape[0], b * sides[0], b * sides[1], out.shape[3]), out.dtype)
+    return jax.lax.scan(add, canvas, jnp.asarray(places))[0]
+
+
+def tiled_in_turn(apply: Apply, tile: int) -> Apply:
+    """Makes a denoiser `(x_t, t, cond) -> raw` work tile by tile, see `scan_tiles`.
+
+    `cond.concat` is cut like x_t; the other slots, which have no places, are told to every tile.
+    """
+
+    def whole(x_t: Array, t: Array, cond: Condition | None) -> Array:
+        concat = None if cond is None else cond.concat
+
+        def on_tile(pair: tuple[Array, Array | None]) -> Array:
+            return apply(pair[0], t, cond if cond is None else cond.replace(concat=pair[1]))
+
+        return scan_tiles(on_tile, (x_t, concat), tile)
 
     return whole
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,6 +73,17 @@ class LPIPS(nn.Module):
             head(jnp.square(unit_length(a) - unit_length(b))).mean((1, 2)) for head, a, b in pairs
         ]
         return jnp.concatenate(shares, -1)
+
+    def distance_map(self, images: Array, others: Array) -> Array:
+        """Where two images differ: (B, H, W), the blocks' distances at each place, enlarged
+        bilinearly to the size of the images and summed.
+        """
+        size, total = images.shape[:3], 0.0
+        pairs = zip(self.heads, self.features(images), self.features(others), strict=True)
+        for head, a, b in pairs:
+            distances = head(jnp.square(unit_length(a) - unit_length(b)))[..., 0]
+            total += jax.image.resize(distances, size, "bilinear", antialias=False)
+        return total
 
     def features(self, images: Array) -> list[Array]:
         """Rectified outputs of the last convolution of each block, (B, H / 2^i, W / 2^i, C)."""

@@ -1,9 +1,8 @@
 """Encoder and decoder on images that do not fit: overlapping tiles, one at a time.
 
 The image lies in the host's memory, the network only ever sees a tile. Where one tile alone covers
-a place, the result is that tile's; across an overlap, one fades linearly into the next. The crops
-of `ldm_jax.diffusion.tiles`, in contrast, are the original code's: all of them in one batch,
-weighted by their distance to the border.
+a place, the result is that tile's; across an overlap, one fades linearly into the next. The same
+tiles, inside a compiled program, are those of `ldm_jax.diffusion.tiles.scan_tiles`.
 
 Group norms and attention see no further than a tile, so the result is not quite what the network
 makes of the whole image, unless one tile covers it.
@@ -18,10 +17,10 @@ import jax
 import numpy as np
 
 from ldm_jax import memory
+from ldm_jax.diffusion.tiles import OVERLAP, fade, starts
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array
 
-OVERLAP = 4  # neighbours share 1 / OVERLAP of a tile
 # Bytes per pixel on the host. Of the image: as uint8, its reconstruction as float32 and as uint8.
 # Of a tile: its result and the product of that with its weights.
 CANVAS, BLENDING = 3 + 12 + 3, 12 + 12
@@ -35,12 +34,15 @@ class Memory(NamedTuple):
     tile: int
     canvas: int
 
-    def bound(self) -> str:
-        """The most that this process will hold, in words, with what it holds already."""
+    def bound(self, what: str = "one tile") -> str:
+        """The most that this process will hold, in words, with what it holds already.
+
+        `what` is a name for that of which `tile` is the size.
+        """
         held = memory.held_by_process()
         if memory.free_on_device() is None:  # the weights are among what it holds
             total = held + self.tile + self.canvas
-            parts = f"{held / 1e9:.2f} now, one tile {self.tile / 1e9:.2f}"
+            parts = f"{held / 1e9:.2f} now, {what} {self.tile / 1e9:.2f}"
             return f"at most {total / 1e9:.2f} GB ({parts}, canvas {self.canvas / 1e9:.2f})"
         device, host = self.weights + self.tile, held + self.canvas
         return f"at most {device / 1e9:.2f} GB on the device and {host / 1e9:.2f} GB on the host"
@@ -175,30 +177,6 @@ def check_tile(tile: int, factor: int) -> None:
             f"tiles of {tile} pixels: the first stage needs multiples of {factor}, and {least} or "
             f"more: try {near}"
         )
-
-
-def starts(side: int, tile: int) -> np.ndarray:
-    """Where tiles begin along a side, (n,) int64: as few as overlap by a quarter, evenly spread.
-
-    The first begins and the last ends where the side does; a side within one tile has one.
-    """
-    if side <= tile:
-        return np.zeros(1, np.int64)
-    count = -(-(side - tile) // (tile - tile // OVERLAP)) + 1
-    return np.linspace(0, side - tile, count).round().astype(np.int64)
-
-
-def fade(starts: np.ndarray, tile: int) -> np.ndarray:
-    """Weight (n, tile) float32 of each place of each tile along a side; they add up to one.
-
-    A tile takes over from the one before it linearly across their overlap.
-    """
-    begin, end = starts[1:, None], starts[:-1, None] + tile
-    places = starts[:, None] + np.arange(tile) + 0.5
-    taken, given = np.ones(places.shape), np.zeros(places.shape)
-    taken[1:] = np.clip((places[1:] - begin) / (end - begin), 0, 1)
-    given[:-1] = np.clip((places[:-1] - begin) / (end - begin), 0, 1)
-    return (taken - given).astype(np.float32)
 
 
 def map_tiles(

@@ -5,9 +5,12 @@ import threading
 import time
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ldm_jax.errors import UserError
+
+ROTATED = 6  # EXIF: turn by 90 degrees clockwise to show
 
 
 def write_image(path, level=0, size=(6, 4)):
@@ -55,3 +58,32 @@ def assert_threads_end():
     while loader_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not loader_threads()
+
+
+def write(path, content, **options):
+    """Writes an array or a Pillow image; the suffix says how."""
+    image = content if isinstance(content, Image.Image) else Image.fromarray(content)
+    image.save(path, **options)
+    return path
+
+
+def write_json(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def orientation(number):
+    exif = Image.Exif()
+    exif[274] = number
+    return exif
+
+
+def noise(height, width, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def refuses(message, function, *arguments):
+    """The function raises a UserError of one line that matches."""
+    with pytest.raises(UserError, match=message) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)

@@ -9,6 +9,7 @@ from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.layout import decode_layout
 from ldm_jax.data.pipeline import Batches, epoch_batches
 from ldm_jax.data.sources import open_source
+from ldm_jax.data.table import TableSource
 from ldm_jax.data.transforms import Draw, ImageTransform
 from ldm_jax.errors import UserError
 from ldm_jax.training.latents import task_transform
@@ -97,8 +98,47 @@ def test_one_pass_makes_the_same_fields_each_time():
 
 def test_maps_that_do_not_fit_are_refused():
     make = task_fields.segmentation(5)
-    with pytest.raises(UserError, match=r"the class 5, but config\.segmentation\.num_classes is 5"):
-        make(np.zeros((8, 8, 3), np.uint8), example(), Draw())
-    small = example() | {"segmentation": np.zeros((8, 8), np.int32)}
-    with pytest.raises(UserError, match=r"\(8, 8\), but its image \(48, 64\)"):
-        make(np.zeros((8, 8, 3), np.uint8), small, Draw())
+    image = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match=r"unknown class 5 at row 12, column 16 .*num_classes is 5"):
+        make(image, example(), Draw())
+    small = example() | {"segmentation": np.zeros((8, 9), np.int32)}
+    with pytest.raises(UserError, match=r"has 9x8 pixels, .* those of the image, 64x48"):
+        make(image, small, Draw())
+
+
+@pytest.mark.parametrize("field", ["boxes", "segmentation"])
+def test_what_is_missing_or_wrong_is_refused_by_the_name_of_its_file(field):
+    image = np.zeros((8, 8, 3), np.uint8)
+    values = [[{"label": 1, "bbox": [9, 0, 4, 4]}], None]
+    if field == "segmentation":
+        values[0] = np.full((8, 8), 7, np.int32)
+    source = TableSource(["a.png", "b.png"], {field: values}, lambda name: image)
+    for place, message in (
+        (0, r"^a\.png: .*(outside the image|class 7)"),
+        (1, r"^b\.png: it has no"),
+    ):
+        only = TableSource([source.name(place)], {field: values[place:][:1]}, lambda name: image)
+        with pytest.raises(UserError, match=message) as caught:
+            Batches(only, task_transform(config((field,))), batch_size=1, seed=0).batch(0)
+        assert "\n" not in str(caught.value)
+
+
+def test_one_of_several_captions_is_drawn_by_seed_and_position_and_the_first_in_evaluation():
+    image = np.zeros((8, 8, 3), np.uint8)
+    rows = np.arange(5, dtype=np.int32)[:, None]  # five captions of one token
+    source = TableSource(["a", "b"], {"tokens": [rows, rows + 5]}, lambda name: image)
+    transform = task_transform(config(("tokens",)))
+    assert task_fields.passed_on(("tokens",)) == ()
+
+    def drawn(seed, step, size):
+        return Batches(source, transform, batch_size=size, seed=seed, threads=0).batch(step)
+
+    batch = drawn(0, 0, 64)
+    assert batch["tokens"].shape == (64, 1)
+    own = batch["tokens"][:, 0] // 5 == batch["index"]  # of its own example
+    assert own.all() and len(np.unique(batch["tokens"])) == 10
+    again = np.concatenate([drawn(0, step, 16)["tokens"] for step in range(4)])
+    np.testing.assert_array_equal(again, batch["tokens"])  # whatever the size of the batch
+    assert (drawn(1, 0, 64)["tokens"] % 5 != batch["tokens"] % 5).any()
+    (one_pass,) = epoch_batches(source, transform, 2, threads=0)
+    assert one_pass["tokens"].tolist() == [[0], [5]]

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from ldm_jax.data.tokenizers import load_tokenizer, read_clip_merges
+from ldm_jax.conditioners.text import empty_text
+from ldm_jax.data.tokenizers import cut_notes, load_tokenizer, read_clip_merges
 from ldm_jax.errors import UserError
 
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "car", "##s", ",", "cafe"]
@@ -77,6 +78,31 @@ def test_clip_from_the_original_file(tmp_path):
     path.write_bytes(gzip.compress("\n".join(lines).encode()))
     tokens = load_tokenizer("clip", tmp_path, 5)(["red car"])
     np.testing.assert_array_equal(tokens, [[49406, 515, 513, 49407, 49407]])
+
+
+def test_the_empty_caption_is_the_null_condition(tmp_path):
+    """The tokens of '' are those that a model's `null` encodes: null_tokens, padded."""
+    save_bert(tmp_path)
+    words = save_clip(tmp_path)
+    ends = len(words) - 2, len(words) - 1
+    for kind, null_tokens, pad in (("bert", (2, 3), 0), ("clip", ends, ends[1])):
+        expected = empty_text(null_tokens, pad, 6)
+        np.testing.assert_array_equal(load_tokenizer(kind, tmp_path, 6)([""]), expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_what_is_cut_off_is_quoted(kind, tmp_path):
+    save_bert(tmp_path)
+    save_clip(tmp_path)
+    tokenizer = load_tokenizer(kind, tmp_path, 5)
+    captions = ["red car", "Red car, red  CARS and more", "", "car red car"]
+    tokens, cut = tokenizer.encode(captions)
+    np.testing.assert_array_equal(tokens, tokenizer(captions))
+    assert cut == ["", "red  CARS and more", "", ""]
+    (note,) = cut_notes(tokenizer, captions * 2)
+    assert note.endswith('longer than the 5 tokens of this model: cut off is "red  CARS and more"')
+    (note,) = cut_notes(tokenizer, ["red\n" * 500])
+    assert "\n" not in note and len(note) < 500
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,24 @@ import numpy as np
 import pytest
 from golden_utils import load, quick_jit
 
+from ldm_jax import random
 from ldm_jax.convert.compvis import unet_to_flax
 from ldm_jax.denoisers.unet import UNet
-from ldm_jax.diffusion.tiles import Tiling, apply_in_tiles, border_distance, crop, stitch, tiled
+from ldm_jax.diffusion import samplers
+from ldm_jax.diffusion.guidance import make_denoise
+from ldm_jax.diffusion.schedule import make_schedule
+from ldm_jax.diffusion.tiles import (
+    Tiling,
+    apply_in_tiles,
+    border_distance,
+    crop,
+    scan_tiles,
+    stitch,
+    tiled,
+    tiled_in_turn,
+)
 from ldm_jax.errors import UserError
+from ldm_jax.first_stage.tiled import map_tiles
 from ldm_jax.types import Condition
 
 TILING = Tiling((8, 8), (4, 4))
@@ -139,3 +153,61 @@ def test_crops_that_do_not_cover_the_image(kernel, stride):
 def test_weights_of_zero_are_refused():
     with pytest.raises(UserError, match="tie_clip must be two numbers 0 < smallest"):
         apply_in_tiles(jnp.sin, images(), (8, 8), (4, 4), tie_clip=(0.0, 0.5))
+
+
+# One tile after the other
+
+
+@pytest.mark.parametrize("size", [(17, 30), (12, 5), (9, 8), (3, 3)])
+@pytest.mark.parametrize("scale", [(1, 1), (1, 2), (2, 1)])
+def test_what_does_not_depend_on_the_tile_comes_back_from_a_scan(size, scale):
+    a, b = scale
+    x = np.random.RandomState(0).uniform(-1, 1, (2, a * size[0], a * size[1], 3))
+    x = jnp.asarray(x, jnp.float32)
+
+    def whole(x):
+        return jnp.sin(x)[:, ::a, ::a].repeat(b, 1).repeat(b, 2)
+
+    run = quick_jit(lambda x: scan_tiles(whole, x, 8, scale))
+    # A sum of at most nine products of two float32 weights.
+    np.testing.assert_allclose(run(x), whole(x), rtol=0, atol=5e-7)
+
+
+def test_a_scan_is_what_the_host_does_tile_by_tile():
+    def apply(x):  # depends on all of the tile
+        return (x - x.mean((1, 2, 3), keepdims=True)).repeat(2, 1).repeat(2, 2)
+
+    x = images()
+    expected = map_tiles(apply, np.asarray(x), 8, (1, 2))
+    np.testing.assert_allclose(scan_tiles(apply, x, 8, (1, 2)), expected, rtol=0, atol=1e-6)
+    # One tile is the untiled result.
+    np.testing.assert_array_equal(scan_tiles(apply, x, 24, (1, 2)), apply(x))
+
+
+def test_the_network_of_a_scan_sees_one_tile_at_a_time():
+    shapes = []
+    scan_tiles(lambda x: shapes.append(x.shape) or x, images(), 8)
+    assert set(shapes) == {(2, 8, 8, 3)}
+
+
+def test_a_pointwise_denoiser_samples_the_same_in_tiles():
+    keys = random.example_keys(jax.random.key(0), 2)
+    x_T = samplers.initial_noise(keys, (13, 18, 3))  # a side that strides of 8 do not divide
+    cond = Condition(concat=jnp.cos(x_T), vector=jnp.array([[0.1], [0.3]]))
+    null = Condition(concat=jnp.zeros_like(x_T), vector=jnp.zeros((2, 1)))
+    table = samplers.make_table("ddpm", make_schedule(), 5, spacing="trailing")
+
+    def network(x_t, t, cond):
+        told = cond.concat + cond.vector[:, :, None, None] + 0.001 * t.reshape(-1, 1, 1, 1)
+        return 0.8 * jnp.tanh(x_t + told)
+
+    outs = []
+    for apply in (network, tiled_in_turn(network, 8)):
+        denoise = make_denoise(apply, "eps", cond, null, 2.0)
+        run = functools.partial(samplers.sample, denoise, sampler=samplers.SAMPLERS["ddpm"])
+        outs.append(quick_jit(run)(x_T, keys, table))
+    # Five steps, each with the rounding of the weights.
+    np.testing.assert_allclose(*outs, rtol=1e-5, atol=1e-4)
+    plain = tiled_in_turn(lambda x_t, t, cond: x_t * t.reshape(-1, 1, 1, 1), 8)
+    t = jnp.array([10.0, 20.0])
+    np.testing.assert_allclose(plain(x_T, t, None), x_T * t.reshape(2, 1, 1, 1), rtol=1e-5)

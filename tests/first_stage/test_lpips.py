@@ -116,3 +116,22 @@ def test_images_that_it_cannot_take_are_refused(shape, message):
     images = np.zeros(shape, np.float32)
     with pytest.raises(UserError, match=message):
         jax.eval_shape(LPIPS().init, jax.random.key(0), images, images)
+
+
+def test_the_map_is_large_where_images_differ_and_has_the_distance_as_its_mean(monkeypatch):
+    monkeypatch.setattr("ldm_jax.first_stage.lpips.VGG16", ((1, 4), (1, 4), (1, 4)))
+    random = np.random.RandomState(0)
+    a = random.uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
+    b = a.copy()
+    b[:, :6, :6] *= -1
+    module = LPIPS()
+    variables = quick_jit(module.init)(jax.random.key(0), a, b)
+    # The heads that are trained have no negative weights.
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.abs(x) if "head" in str(path) else x, variables
+    )
+    found = module.apply(variables, a, b, method="distance_map")
+    assert found.shape == (2, 32, 32)
+    # Bilinear enlargement by whole factors keeps means; the rest is float32.
+    np.testing.assert_allclose(found.mean((1, 2)), module.apply(variables, a, b), rtol=1e-5)
+    assert found[:, :6, :6].mean() > 10 * found[:, 16:, 16:].mean()

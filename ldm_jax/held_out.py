@@ -1,0 +1,149 @@
+"""Images of a data set with the conditions that a model takes, in memory: to be judged by."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import config as config_lib
+from ldm_jax import workdir as files
+from ldm_jax.data.captions import CaptionedSource
+from ldm_jax.data.order import epoch_order
+from ldm_jax.data.pipeline import epoch_batches
+from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.task_fields import passed_on
+from ldm_jax.preflight import open_data
+from ldm_jax.training.latents import task_transform
+
+# What images take for guided sampling, where there is no conditioner.
+UNCONDITIONAL = ("masked_image", "mask")
+_BATCH_SIZE = 64  # examples at a time
+
+
+class Examples(NamedTuple):
+    """N examples, made as training makes them, without augmentation.
+
+    Attributes:
+        images: (N, R, R, 3) uint8.
+        fields: those of the model's conditions by name, (N, ...), but for 'masked_image', which
+            follows from the image and 'mask', and 'noise_level', which is 0; also 'segmentation'
+            of a model of layouts, if the data have maps of the classes of their boxes.
+        captions: the first one of each, for a model of texts; else none.
+        names: of the examples.
+        label_names: names of classes, or None.
+        num_labels: number of classes, 0 without labels.
+        map_classes: the class in a map that stands for each label, where both are known.
+    """
+
+    images: np.ndarray
+    fields: dict[str, np.ndarray]
+    captions: tuple[str, ...]
+    names: tuple[str, ...]
+    label_names: tuple[str, ...] | None
+    num_labels: int
+    map_classes: tuple[int, ...] | None
+
+
+def read_examples(
+    config: ConfigDict, workdir: pathlib.Path, split: str, count: int = 0
+) -> Examples:
+    """Reads `count` examples (0: all) of a split of the config's data, drawn evenly from all of it.
+
+    The draw is the same every time; the examples are in the order of the source.
+
+    Raises:
+        UserError: no such data, or a field that the model needs is missing.
+    """
+    config = ConfigDict(config).copy_and_resolve_references()
+    fields = [field for part in config.conditioners for field in config_lib.FIELDS[part]]
+    captioned = "tokens" in fields
+    config.data.split, config.data.low_res.noise = split, 0.0
+    made = tuple(field for field in fields if field not in ("tokens", "noise_level"))
+    config.data.fields = made if fields else UNCONDITIONAL
+    source = open_data(config, workdir)
+    classes = _map_classes(source)
+    if classes is not None and "boxes" in fields and "segmentation" not in fields:
+        config.data.fields += ("segmentation",)
+        config.segmentation.num_classes = len(source.segmentation_names)
+    rows = np.sort(epoch_order(0, 0, len(source))[: count or len(source)]).tolist()
+    chosen = _Chosen(source, rows)
+    read = CaptionedSource(chosen, config.data.caption, _first) if captioned else chosen
+    batches = list(
+        epoch_batches(
+            read,
+            _WithoutMasked(task_transform(config)),
+            _BATCH_SIZE,
+            fields=(*passed_on(config.data.fields), *(("tokens",) if captioned else ())),
+            threads=config.data.threads,
+        )
+    )
+    arrays = {name: np.concatenate([b[name][b["valid"]] for b in batches]) for name in batches[0]}
+    captions: list[str] = []
+    if captioned:
+        captions = arrays["tokens"][:, 0].tolist()
+        arrays["tokens"] = files.training_tokenizer(workdir, config)[0](captions)
+    return Examples(
+        arrays["image"],
+        {name: arrays[name] for name in arrays if name not in ("image", "index", "valid")},
+        tuple(captions),
+        tuple(chosen.name(i) for i in range(len(chosen))),
+        source.label_names,
+        source.num_labels,
+        classes if "segmentation" in arrays else None,
+    )
+
+
+def count_trained(config: ConfigDict, names: Sequence[str], split: str) -> int:
+    """How many examples of a split of the config's data, of these names, are trained on too."""
+    data = config.data
+    if data.source.startswith("tfds:"):  # whose examples are named by their place in the split
+        return len(names) if split == data.split else 0
+    source = open_source(data.source, split=data.split, where=data.where, label="")
+    trained = {source.name(i) for i in range(len(source))}
+    return sum(name in trained for name in names)
+
+
+def _first(captions: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """The first caption itself, where a tokenizer would give tokens."""
+    return np.array([captions[0]]), [""]
+
+
+class _Chosen:
+    """Some of the examples of a source."""
+
+    def __init__(self, source: Source, rows: Sequence[int]) -> None:
+        self._source, self._rows = source, rows
+        self.columns = source.columns
+        self.label_names, self.num_labels = source.label_names, source.num_labels
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[self._rows[index]]
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._rows[index])
+
+
+class _WithoutMasked:
+    """A transform that leaves out the field 'masked_image': four times the bytes of the image."""
+
+    def __init__(self, transform) -> None:
+        self.draw, self._transform = transform.draw, transform
+
+    def apply(self, example: dict, draw) -> dict[str, np.ndarray]:
+        arrays = self._transform.apply(example, draw)
+        return {name: x for name, x in arrays.items() if name != "masked_image"}
+
+
+def _map_classes(source: Source) -> tuple[int, ...] | None:
+    """Which class of a source's maps each of its labels is, by their names."""
+    maps, labels = getattr(source, "segmentation_names", None), source.label_names
+    if not (maps and labels and set(labels) <= set(maps)):
+        return None
+    return tuple(maps.index(name) for name in labels)
