@@ -11,12 +11,12 @@ def get_config(arg=""):
     c.data.update(source="scenes", fields=("boxes",), resolution=64, flip=False)
     c.data.split, c.first_stage.eval.split = "train[:90%]", "test"
     base.use_small_model(c)
-    c.first_stage.stats_images = 2000
-    c.first_stage.train.steps = 400
+    c.first_stage.update(z_channels=16, channels=16, stats_images=2000)
+    c.first_stage.train.steps = 900
     c.conditioners = ("layout",)
     c.layout.update(vocab_size=401, width=128, depth=2, length=18, null=True)
     c.denoiser.update(cross_attention=True, attn_downsample=(1, 2))
-    c.train.update(steps=1500, picture_every=750, checkpoint_every=500)
+    c.train.update(steps=2000, picture_every=1000, checkpoint_every=500)
     c.ema_decay = 0.995
     c.cond_drop_rate = 0.1
     c.sample.guidance_scale = 2.0

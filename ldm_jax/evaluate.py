@@ -122,7 +122,7 @@ def _reconstruction(root: pathlib.Path, out: pathlib.Path) -> str:
 
 def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
     """Evaluates samples; returns the name of the picture."""
-    from ldm_jax import images
+    from ldm_jax import condition_sheet, images
     from ldm_jax.obedience import Request, evaluate_conditions
     from ldm_jax.report import write_record
 
@@ -139,7 +139,7 @@ def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
     record, sheet = evaluate_conditions(root, request)
     print(condition_table(record))
     with cli.writing(out):
-        images.save_png(out / "condition.png", sheet)
+        images.save_png(out / "condition.png", sheet, condition_sheet.COLOURS)
         write_record(out / "metrics.json", {"condition": record})
     return "condition.png"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 import os
 import pathlib
@@ -82,16 +83,30 @@ def class_picture(classes: np.ndarray, count: int) -> np.ndarray:
     return np.round(255 * np.array([(1.0, 1.0, 1.0), *hues]))[classes].astype(np.uint8)
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes (H, W, 3) uint8 as a PNG, complete or not at all; makes the directory."""
+def encode_png(image: np.ndarray, colours: int = 0) -> bytes:
+    """(H, W, 3) uint8 as a PNG; with `colours`, as a smaller one of at most so many, up to 256."""
+    file = io.BytesIO()
+    _write_png(file, image, colours)
+    return file.getvalue()
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray, colours: int = 0) -> None:
+    """Writes the PNG of `encode_png`, complete or not at all; makes the directory."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        Image.fromarray(image).save(temporary, format="PNG")
+        _write_png(temporary, image, colours)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_png(file: pathlib.Path | io.BytesIO, image: np.ndarray, colours: int) -> None:
+    picture = Image.fromarray(image)
+    if colours:
+        picture = picture.quantize(colours, Image.Quantize.MEDIANCUT, dither=0)
+    picture.save(file, format="PNG", optimize=bool(colours))
 
 
 def save_numbered(
