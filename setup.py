@@ -19,6 +19,7 @@ setup(
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.13",
         "optax>=0.2.6,<0.3",
+        "scipy>=1.13,<2",
         "orbax-checkpoint>=0.12,<0.13",
         "ml_collections>=1.1,<2",
         "clu>=0.0.12,<0.1",

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import config as config_lib
+from ldm_jax.diffusion.guidance import Guidance
 from ldm_jax.diffusion.tiles import OVERLAP
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.tiled import check_sides
@@ -66,7 +67,43 @@ def latent_shape(config: ConfigDict, size: tuple[int, int]) -> tuple[int, int, i
 
 def _unit(config: ConfigDict) -> int:
     """What sides of images must be multiples of, in pixels, for first stage and denoiser."""
-    return config_lib.downsampling(config) * 2 ** (len(config.denoiser.mult) - 1)
+    return config_lib.downsampling(config) * config_lib.denoiser_unit(config)
+
+
+def make_guidance(
+    config: ConfigDict,
+    scale: float,
+    rescale: float,
+    interval: tuple[float, float],
+    negative: bool,
+) -> Guidance:
+    """Returns the guidance of these settings; `interval` is in shares of the time range.
+
+    Raises:
+        UserError: a setting outside its range, or without what it needs.
+    """
+    if scale != 1 and not config_lib.has_null(config):
+        raise UserError(
+            f"guidance_scale is {scale}, but this model has no null condition to guide away from: "
+            "use 1"
+        )
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance_rescale is {rescale}, but must be from 0 to 1")
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise UserError(
+            f"guidance_interval is {low:g},{high:g}, but must be two numbers 0 <= low < high <= 1"
+        )
+    whole = (low, high) == (0, 1)
+    for name, used in (
+        ("a negative condition", negative),
+        ("guidance_rescale", rescale > 0),
+        ("guidance_interval", not whole),
+    ):
+        if used and scale == 1:
+            raise UserError(f"{name} needs a guidance_scale other than 1")
+    steps = config.diffusion.steps
+    return Guidance(scale, rescale or None, None if whole else (low * steps, high * steps))
 
 
 def check_seeds(seeds: Sequence[int]) -> np.ndarray:

@@ -16,14 +16,19 @@ from ldm_jax.conditioners.noise_level import NoiseLevel
 from ldm_jax.conditioners.segmentation import SpatialRescaler
 from ldm_jax.conditioners.sentence import SentenceEncoder
 from ldm_jax.conditioners.text import TextTransformer
+from ldm_jax.denoisers.dit import DiT
 from ldm_jax.denoisers.unet import UNet
-from ldm_jax.diffusion.objective import Objective, make_objective
-from ldm_jax.diffusion.schedule import Schedule, make_schedule
+from ldm_jax.diffusion.continuous import Flow, LogSNR
+from ldm_jax.diffusion.objective import Objective, make_loss, make_objective
+from ldm_jax.diffusion.schedule import Process, make_schedule
+from ldm_jax.diffusion.times import Times
+from ldm_jax.diffusion.weighting import Weighting
 from ldm_jax.first_stage.discriminator import PatchDiscriminator
 from ldm_jax.first_stage.fsq import FSQModel
 from ldm_jax.first_stage.identity import Identity
 from ldm_jax.first_stage.kl import AutoencoderKL
 from ldm_jax.first_stage.vq import VQModel
+from ldm_jax.types import Array
 
 
 def build_first_stage(config: ConfigDict) -> nn.Module:
@@ -64,23 +69,28 @@ def build_discriminator(config: ConfigDict) -> PatchDiscriminator | None:
 def build_denoiser(config: ConfigDict) -> nn.Module:
     """Returns the network (x_t, t, condition) -> raw output of the shape of x_t."""
     c = config.denoiser
-    return UNet(
+    shared = dict(
         width=c.width,
         out_channels=config_lib.latent_channels(config),
-        mult=tuple(c.mult),
         depth=c.depth,
-        attn_downsample=tuple(c.attn_downsample),
         num_heads=c.num_heads,
         head_dim=0 if c.num_heads else c.head_dim,
+        dropout=c.dropout,
+        dtype=jnp.dtype(config.train.dtype),
+        remat=c.remat,
+    )
+    if c.kind == "dit":
+        return DiT(**c.dit.to_dict(), **shared)
+    return UNet(
+        mult=tuple(c.mult),
+        attn_downsample=tuple(c.attn_downsample),
         cross_attention=c.cross_attention,
         transformer_depth=c.transformer_depth,
         scale_shift=c.scale_shift,
         resblock_resample=c.resblock_resample,
         conv_resample=c.conv_resample,
         split_qkv_first=c.split_qkv_first,
-        dropout=c.dropout,
-        dtype=jnp.dtype(config.train.dtype),
-        remat=c.remat,
+        **shared,
     )
 
 
@@ -112,7 +122,7 @@ def build_conditioner(config: ConfigDict) -> nn.Module:
             stages=config.segmentation.stages,
         ),
         "low_res": lambda: LowRes(config.data.low_res.factor, config_lib.downsampling(config)),
-        "noise_level": lambda: NoiseLevel(config.denoiser.width),
+        "noise_level": lambda: NoiseLevel(config.denoiser.width, config_lib.vector_width(config)),
         "inpainting": Inpainting,
     }
     return Compose(parts=tuple(blocks[name]() for name in config.conditioners))
@@ -138,13 +148,30 @@ def build_text_encoder(config: ConfigDict) -> nn.Module:
     return TextTransformer(**shared)
 
 
-def build_schedule(config: ConfigDict) -> Schedule:
-    """Returns the noise schedule."""
+def build_schedule(config: ConfigDict) -> Process:
+    """Returns the forward process."""
     c = config.diffusion
-    return make_schedule(c.schedule, tuple(c.beta), c.steps)
+    if c.schedule == "flow":
+        return Flow(c.steps)
+    if c.schedule == "log_snr":
+        return LogSNR(tuple(c.ratios), c.steps)
+    return make_schedule(c.schedule, tuple(c.beta), c.steps, c.zero_terminal_snr)
 
 
-def build_objective(config: ConfigDict) -> Objective:
-    """Returns the training objective of the denoiser."""
+def build_objective(
+    config: ConfigDict, process: Process, log_variance: float | Array = 0.0
+) -> Objective:
+    """Returns the training objective of the denoiser; `log_variance` is that of `make_loss`."""
     c = config.diffusion
-    return make_objective(build_schedule(config), predict=c.predict, loss=c.loss)
+    loss_at = make_loss(
+        process,
+        predict=c.predict,
+        loss=c.loss,
+        log_variance=log_variance,
+        weighting=Weighting(c.weighting, c.snr_gamma, tuple(c.p2)),
+        sigma_data=c.sigma_data,
+        huber_delta=c.huber_delta,
+    )
+    return make_objective(
+        process, loss_at, Times(c.times, c.times_mean, c.times_std, c.times_shift)
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldm_jax.checks_diffusion import CONTINUOUS, SPACINGS, check_diffusion
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 
@@ -23,6 +24,7 @@ FIELDS = {
     "inpainting": ("masked_image", "mask"),
 }
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
+_AT_LEAST_ONE |= {"every"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
 _AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim", "images"}
 _AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
@@ -60,13 +62,16 @@ _AT_MOST |= dict.fromkeys(("width", "channels", "z_channels", "norm_groups"), 2*
 _AT_MOST |= dict.fromkeys(("heads", "num_heads", "head_dim", "length", "resolution"), 2**16)
 _AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), MOST_CODES)
 _AT_MOST |= {"diffusion.steps": 10**6}
-_PAIRS = {"betas", "beta"}
+_PAIRS = {"betas", "beta", "ratios", "p2"}
+_ABOVE_ZERO = {"sigma_data", "huber_delta", "snr_gamma", "times_std", "times_shift"}
+_FLOATS = _PAIRS | {"stds", "decays"}
+# Standard deviation of a uniform distribution over [0, 1], the flattest of the averages' profiles.
+WIDEST_STD = 12**-0.5
 _NAMES = {"fields", "conditioners", "metrics"}
 # Fields that are drawn anew whenever an example is seen, and those that go with places in it.
 DRAWN = ("low_res", "noise_level", "masked_image", "mask")
 PLACED = ("boxes", "segmentation")
 METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
-_SPACINGS = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing", "karras")
 CHOICES = {
     "data.crop": ("center", "random"),
     "data.low_res.degradation": ("bicubic", "bsr"),
@@ -84,11 +89,17 @@ CHOICES = {
     "label.slot": ("context", "vector"),
     "text.encoder": ("bert", "clip", "sentence"),
     "text.activation": ("gelu", "quick_gelu"),
-    "diffusion.schedule": ("scaled_linear", "linear", "cosine", "sqrt"),
-    "diffusion.predict": ("eps", "x0", "v"),
-    "diffusion.loss": ("l2", "l1"),
+    "denoiser.kind": ("unet", "dit"),
+    "denoiser.dit.positions": ("rotary", "sincos"),
+    "denoiser.dit.context": ("none", "cross", "joint"),
+    "denoiser.dit.mlp": ("swiglu", "gelu"),
+    "diffusion.schedule": ("scaled_linear", "linear", "sqrt", "cosine", *CONTINUOUS),
+    "diffusion.predict": ("eps", "x0", "v", "flow", "edm"),
+    "diffusion.loss": ("l2", "l1", "huber"),
+    "diffusion.weighting": ("simple", "min_snr", "soft_min_snr", "p2", "edm", "vlb"),
+    "diffusion.times": ("uniform", "logit_normal", "log_normal"),
     "sample.sampler": ("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_3m", "euler", "heun"),
-    "sample.spacing": _SPACINGS,
+    "sample.spacing": SPACINGS,
 }
 
 
@@ -107,6 +118,18 @@ def downsampling(config: ConfigDict) -> int:
     """Pixels per latent along one side, 1 for the identity first stage."""
     c = config.first_stage
     return 1 if c.kind == "identity" else c.patch * 2 ** (len(c.mult) - 1)
+
+
+def denoiser_unit(config: ConfigDict) -> int:
+    """Latents per side of which the denoiser takes multiples."""
+    c = config.denoiser
+    return c.dit.patch if c.kind == "dit" else 2 ** (len(c.mult) - 1)
+
+
+def vector_width(config: ConfigDict) -> int:
+    """Channels of the condition's slot `vector`."""
+    c = config.denoiser
+    return c.width if c.kind == "dit" else 4 * c.width
 
 
 def has_null(config: ConfigDict) -> bool:
@@ -144,6 +167,8 @@ def check(config: ConfigDict) -> ConfigDict:
         low = 1 if name in _AT_LEAST_ONE else 0 if name in _AT_LEAST_ZERO | _SHARES else None
         if low is not None and value < low:
             raise UserError(f"config.{key} is {value}, but must be at least {low}")
+        if name in _ABOVE_ZERO and not value > 0:
+            raise UserError(f"config.{key} is {value}, but must be above 0")
         most = _AT_MOST.get(key, _AT_MOST.get(name))
         if most is not None and value > most:
             raise UserError(f"config.{key} is {value}, but must be at most {most}")
@@ -172,7 +197,7 @@ def _check_tuples(flat: dict[str, Any]) -> None:
                 f"config.{key} has {len(value)} values, but at most {MOST_LEVELS} can be"
             )
         name = key.split(".")[-1]
-        kind = float if name in _PAIRS else str if name in _NAMES else int
+        kind = float if name in _FLOATS else str if name in _NAMES else int
         if any(type(x) is not kind and not (kind is float and type(x) is int) for x in value):
             raise UserError(f"config.{key} is {tuple(value)}, but must hold {kind.__name__}s")
         if name in _PAIRS and len(value) != 2:
@@ -242,21 +267,18 @@ def _check_sizes(c: ConfigDict) -> None:
                 f"config.{name} has {blocks} blocks (levels * depth * transformer_depth), but at "
                 f"most {MOST_BLOCKS} can be"
             )
-    if not 0 < c.diffusion.beta[0] <= c.diffusion.beta[1] < 1:
-        raise UserError(
-            f"config.diffusion.beta is {c.diffusion.beta}, but must be 0 < first <= last < 1"
-        )
+    check_diffusion(c)
     size, f = c.data.resolution, downsampling(c)
     if size % f:
         raise UserError(
             f"config.data.resolution is {size}, but the first stage divides it by {f}: choose a "
             f"multiple of {f}"
         )
-    unet = 2 ** (len(c.denoiser.mult) - 1)
-    if c.train.steps > 0 and size % (f * unet):
+    unit = denoiser_unit(c)
+    if c.train.steps > 0 and size % (f * unit):
         raise UserError(
             f"config.data.resolution is {size}, but the first stage divides it by {f} and the "
-            f"denoiser by another {unet}: choose a multiple of {f * unet}"
+            f"denoiser by another {unit}: choose a multiple of {f * unit}"
         )
     if c.sample.steps < 1 or c.sample.steps > c.diffusion.steps:
         raise UserError(
@@ -269,6 +291,7 @@ def _check_sizes(c: ConfigDict) -> None:
                     f"config.conditioners has '{name}': add '{field}' to config.data.fields too"
                 )
     _check_conditions(c)
+    _check_averages(c)
     if c.data.cache_latents and c.data.crop != "center":
         raise UserError("config.data.cache_latents needs config.data.crop='center'")
     for field in c.data.fields:
@@ -307,27 +330,44 @@ def _check_noise(c: ConfigDict) -> None:
         )
 
 
+def _check_averages(c: ConfigDict) -> None:
+    """Checks the averages that are kept beside the one of `ema_decay`."""
+    for name, most in (("stds", WIDEST_STD), ("decays", 1)):
+        values = c.ema_snapshots[name]
+        if not all(0 < value < most for value in values) or len(set(values)) < len(values):
+            raise UserError(
+                f"config.ema_snapshots.{name} is {tuple(values)}, but must hold different numbers "
+                f"between 0 and {most:.4g}"
+            )
+
+
 def _check_conditions(c: ConfigDict) -> None:
     """Checks that the slots which the conditioners fill are those that the denoiser reads."""
     _check_noise(c)
     vector = "label" in c.conditioners and c.label.slot == "vector"
-    if vector and c.label.width != 4 * c.denoiser.width:
+    transformer = c.denoiser.kind == "dit"
+    if vector and c.label.width != vector_width(c):
+        formula = "denoiser.width" if transformer else "4 * denoiser.width"
         raise UserError(
             f"config.label.width is {c.label.width}, but slot 'vector' needs "
-            f"4 * denoiser.width = {4 * c.denoiser.width}"
+            f"{formula} = {vector_width(c)}"
         )
     givers = [name for name in c.conditioners if name in ("label", "text", "layout")]
     givers = [name for name in givers if not (name == "label" and vector)]
-    if givers and not c.denoiser.cross_attention:
-        hint = ", or use label.slot='vector'" if givers == ["label"] else ""
-        raise UserError(
-            f"the conditioner '{givers[0]}' gives a context, but config.denoiser.cross_attention "
-            f"is False: set it{hint}"
-        )
-    if c.denoiser.cross_attention and not givers:
-        raise UserError(
-            "config.denoiser.cross_attention is set, but no conditioner gives a context"
-        )
+    ways = {"unet": ("cross_attention", False, "True"), "dit": ("dit.context", "none", "'cross'")}
+    for kind, (key, off, on) in ways.items():
+        value = c.denoiser.dit.context if kind == "dit" else c.denoiser.cross_attention
+        if kind != c.denoiser.kind:
+            if value != off:
+                raise UserError(f"config.denoiser.{key} is for denoiser.kind='{kind}' only")
+        elif givers and value == off:
+            hint = ", or use label.slot='vector'" if givers == ["label"] else ""
+            raise UserError(
+                f"the conditioner '{givers[0]}' gives a context, but config.denoiser.{key} is "
+                f"{off}: set it to {on}{hint}"
+            )
+        elif value != off and not givers:
+            raise UserError(f"config.denoiser.{key} is set, but no conditioner gives a context")
     if "segmentation" in c.conditioners and 2**c.segmentation.stages != downsampling(c):
         raise UserError(
             f"config.segmentation.stages is {c.segmentation.stages}, which shrinks the map by "

@@ -16,10 +16,12 @@ from ldm_jax.checks import (
     METRICS,
     MOST_LEVELS,
     check,
+    denoiser_unit,
     downsampling,
     flatten,
     has_null,
     suggest,
+    vector_width,
 )
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
@@ -27,7 +29,7 @@ from ldm_jax.published import use_first_stage
 from ldm_jax.small import use_small_model
 
 __all__ = ["FIELDS", "METRICS", "MOST_LEVELS", "check", "downsampling", "flatten", "get_config"]
-__all__ += ["has_null", "use_first_stage", "use_small_model"]
+__all__ += ["denoiser_unit", "has_null", "use_first_stage", "use_small_model", "vector_width"]
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -57,10 +59,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
     c.first_stage.discriminator.update(width=8, start=1, warmup=0, ramp=0)
     c.first_stage.update(stats_images=min(c.first_stage.stats_images or 64, 64))
     c.denoiser.update(width=32, depth=1, mult=c.denoiser.mult[:2])
+    if c.denoiser.kind == "dit":
+        c.denoiser.update(depth=2, num_heads=2)
     for network in (c.first_stage, c.denoiser):
         reached = tuple(factor for factor in network.attn_downsample if factor <= 2)
         network.attn_downsample = reached or ((2,) if network.attn_downsample else ())
-    c.label.width = 4 * c.denoiser.width if c.label.slot == "vector" else 32
+    c.label.width = vector_width(c) if c.label.slot == "vector" else 32
     c.text.update(vocab_size=min(c.text.vocab_size, 1000), width=64, depth=1, heads=2)
     c.text.update(mlp_width=256, length=16)
     if words:
@@ -76,6 +80,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         block.update(batch_size=8, steps=steps, warmup_steps=min(block.warmup_steps, 1))
         block.update(log_every=1, picture_every=2, checkpoint_every=2)
     c.sample.update(steps=2, batch_size=8, num_samples=8)
+    c.ema_snapshots.every = 1
     return ConfigDict(c).lock()
 
 

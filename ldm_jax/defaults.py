@@ -123,25 +123,37 @@ def get_config() -> ConfigDict:
                 train=_train_block(lr=3.6e-5, betas=(0.5, 0.9), picture_every=1000),
             ),
             denoiser=dict(
-                width=224,  # channels at full latent resolution; multiples of 32
-                mult=(1, 2, 3, 4),  # channel multiplier per level
-                depth=2,  # residual blocks per encoder level; the decoder has one more
-                attn_downsample=(2, 4, 8),  # downsampling factors at which attention is used
+                kind="unet",  # unet (the paper's) | dit (a transformer over patches)
+                width=224,  # channels at full latent resolution, or of a token; multiples of 32
+                # Residual blocks per encoder level, the decoder has one more (unet); blocks (dit)
+                depth=2,
                 num_heads=0,  # attention heads; 0 = as many as fit heads of head_dim
                 head_dim=32,  # channels per head, used where num_heads is 0
+                dropout=0.0,
+                remat=False,  # recompute activations of each block in the backward pass
+                # These are for the unet
+                mult=(1, 2, 3, 4),  # channel multiplier per level
+                attn_downsample=(2, 4, 8),  # downsampling factors at which attention is used
                 cross_attention=False,  # transformer blocks that attend to the context
                 transformer_depth=1,  # layers per transformer block
                 scale_shift=False,  # the time embedding scales and shifts instead of adding
                 resblock_resample=False,  # residual blocks instead of convolutions resample
                 conv_resample=True,  # False: levels are joined by plain pooling and repetition
                 split_qkv_first=False,  # layout of self-attention's qkv in some imported weights
-                dropout=0.0,
-                remat=False,  # recompute activations of each block in the backward pass
+                dit=dict(
+                    patch=2,  # latents per side of a token
+                    positions="rotary",  # rotary (turns queries and keys) | sincos (added)
+                    # How tokens of text, boxes or a class are read: none | cross (attention of its
+                    # own) | joint (they take part in self-attention)
+                    context="none",
+                    mlp="swiglu",  # swiglu (gated) | gelu (the published models')
+                    qk_norm=True,  # normalise queries and keys
+                ),
             ),
             conditioners=(),  # which of the blocks below are used, e.g. ('label',)
             label=dict(
                 num_classes=1000,
-                width=512,  # of the embedding; slot vector needs 4 * denoiser.width
+                width=512,  # of the embedding; slot vector needs 4 * denoiser.width, or dit's width
                 slot="context",  # context (one token for cross-attention) | vector (with time)
                 null=True,  # one more row: the null condition for classifier-free guidance
             ),
@@ -174,27 +186,58 @@ def get_config() -> ConfigDict:
                 stages=2,  # halvings, down to the size of the latents
             ),
             diffusion=dict(
-                schedule="scaled_linear",  # scaled_linear (the paper's) | linear | cosine | sqrt
+                # In T time steps: scaled_linear (the paper's) | linear | cosine | sqrt;
+                # in continuous time: flow (straight paths) | log_snr (even in its logarithm)
+                schedule="scaled_linear",
                 beta=(0.0015, 0.0195),  # first and last
-                steps=1000,  # T
-                predict="eps",  # what the network's output means: eps | x0 | v
-                loss="l2",  # l2 | l1
+                zero_terminal_snr=False,  # move the betas so that the last step is pure noise
+                ratios=(0.002, 80.0),  # of noise to signal, at the ends of log_snr
+                steps=1000,  # T; in continuous time, the t that the network is told at the end
+                predict="eps",  # what the network's output means: eps | x0 | v | flow | edm
+                sigma_data=1.0,  # standard deviation of the latents, for edm; near 0.5 for pixels
+                loss="l2",  # l2 | l1 | huber
+                huber_delta=1.0,  # error from which huber rises linearly
+                # Of the errors at each noise level: simple (1 for what is predicted, the paper's)
+                # | min_snr | soft_min_snr | p2 | edm | vlb (the variational bound)
+                weighting="simple",
+                snr_gamma=5.0,  # of min_snr and soft_min_snr (where 4 is usual)
+                p2=(1.0, 1.0),  # k and gamma of p2
+                # Drawn in training: uniform | logit_normal (of t / T) | log_normal (of the ratio
+                # of noise to signal); all but uniform are for continuous time
+                times="uniform",
+                times_mean=0.0,  # of the normal distribution
+                times_std=1.0,
+                times_shift=1.0,  # above 1: towards noise, for large images (3 for 1024 pixels)
+                learn_log_variance=False,  # of the errors at each level, which divides the loss
             ),
             train=_train_block(
                 lr=9.6e-5,
                 weight_decay=0.01,
             ),
             ema_decay=0.9999,  # of the denoiser's weights, reached by min(decay, (1+n)/(10+n))
+            ema_snapshots=dict(  # other averages of denoiser and conditioner, stored in WORKDIR/ema
+                # Relative widths of power functions, e.g. (0.05, 0.1), of which `ldm_jax.ema` makes
+                # any other width; each takes the memory of the weights once more
+                stds=(),
+                decays=(),  # like ema_decay, to be used as they are, e.g. (0.999, 0.9999)
+                every=5000,  # steps between them; a file has the size of the weights
+            ),
             cond_drop_rate=0.0,  # share of training examples that see the null condition
             init_from="",  # workdir whose denoiser and conditioner are the start; '' = random
             sample=dict(
-                sampler="ddim",  # ddim | ddpm | plms | dpmpp_2m | dpmpp_3m | euler | heun
+                # ddim | ddpm | plms | euler | euler_ancestral | heun | flow_heun | deis | unipc
+                # | dpmpp_2m | dpmpp_2m_sde | dpmpp_3m | dpmpp_3m_sde
+                sampler="ddim",
                 steps=200,
                 eta=1.0,  # of ddim: 0 = deterministic to 1; 1 for ddpm and 0 for all others
                 # Noise levels visited: leading | uniform and quad (the reference's grids)
                 # | linspace | linspace_open | trailing | karras
                 spacing="leading",
                 guidance_scale=1.0,  # 1 = off
+                # Share by which guided outputs get the spread of unguided ones (Lin et al. 2024)
+                guidance_rescale=0.0,
+                guidance_interval=(0.0, 1.0),  # shares of the time range in which there is guidance
+                two_calls=False,  # guide by two network calls in turn, in the memory of one
                 batch_size=16,  # images at a time, over all devices
                 num_samples=16,  # images in the grids that training writes
                 nearest=False,  # show the nearest training images beside the final grid

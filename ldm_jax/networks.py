@@ -15,7 +15,7 @@ from ldm_jax import config as config_lib
 from ldm_jax import fields as fields_lib
 from ldm_jax.diffusion import samplers
 from ldm_jax.diffusion.constraint import constrain, keep_luma
-from ldm_jax.diffusion.guidance import make_denoise
+from ldm_jax.diffusion.guidance import Guidance, make_denoise
 from ldm_jax.diffusion.tiles import scan_tiles, tiled_in_turn
 from ldm_jax.types import Array, Condition
 
@@ -70,7 +70,7 @@ class Networks:
         self,
         variables: Variables,
         inputs: dict[str, Any],
-        guidance_scale: Array,
+        guidance: Guidance,
         table: samplers.Table,
         *,
         sampler: str,
@@ -88,7 +88,7 @@ class Networks:
                 (B, H, W, 3) pixels that the first row of the table is reached from, 'image'
                 (B, H, W, 3) and 'hole' (B, H, W) bool, what is to be kept and where not, 'grey'
                 (B, H, W) in [-1, 1], the luma of the result.
-            guidance_scale: a scalar.
+            guidance: its scale, and what else there is of it.
             table: of the sampler.
             sampler: its name.
             size: (h, w) of the latents.
@@ -115,7 +115,9 @@ class Networks:
             self.config.diffusion.predict,
             cond if cond is not None else Condition(),
             negative if guided else None,
-            guidance_scale,
+            guidance,
+            sigma_data=self.config.diffusion.sigma_data,
+            two_calls=self.config.sample.two_calls,
         )
         encode = _in_tiles(functools.partial(self.encode, variables), tile, self._encoding)
         decoded = _in_tiles(functools.partial(self.decode, variables), tile, self._decoding)

@@ -76,6 +76,8 @@ class Pipeline:
         steps: int | None = None,
         eta: float | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         spacing: str | None = None,
         batch_size: int | None = None,
         noise: Any | None = None,
@@ -100,10 +102,12 @@ class Pipeline:
             seeds: B integers in [0, 2**32).
             condition: batch fields, e.g. {'label': [3, 3, 5]} or {'text': ['a cat', ...]}, B
                 values each; None samples with the null condition of a conditional model.
-            sampler: ddim, ddpm, plms, dpmpp_2m, dpmpp_3m, euler or heun.
+            sampler: a key of `diffusion.samplers.SAMPLERS`.
             steps: 1 to T; also the network calls, but for plms (1 more) and heun (twice, less 1).
             eta: 0 (deterministic) to 1 for ddim; other samplers know only one value.
             guidance_scale: of classifier-free guidance; 1 = off.
+            guidance_rescale: see `Guidance`; 0 = off.
+            guidance_interval: shares of the time range with guidance; (0, 1) is all of it.
             spacing: noise levels visited: leading, uniform, quad, linspace, linspace_open,
                 trailing or karras.
             batch_size: images at a time; rounded up to a multiple of the number of devices.
@@ -138,7 +142,14 @@ class Pipeline:
         """
         s = self.config.sample
         choose = lambda value, default: default if value is None else value  # noqa: E731
-        sampler, scale = choose(sampler, s.sampler), choose(guidance_scale, s.guidance_scale)
+        sampler = choose(sampler, s.sampler)
+        guidance = arguments.make_guidance(
+            self.config,
+            choose(guidance_scale, s.guidance_scale),
+            choose(guidance_rescale, s.guidance_rescale),
+            choose(guidance_interval, s.guidance_interval),
+            negative is not None,
+        )
         if strength != 1 and init_image is None:
             raise UserError(f"strength is {strength:g}, but there is no init_image to start from")
         if tuple(resample) != (1, 1) and image is None:
@@ -170,14 +181,7 @@ class Pipeline:
         if image is not None and "inpainting" in self.config.conditioners:
             condition |= conditions.inpainting_fields(arrays["image"], hole)
         fields = self._fields(condition, len(seeds), size)
-        guided = scale != 1 and (fields is not None or negative is not None)
-        if scale != 1 and not config_lib.has_null(self.config):
-            raise UserError(
-                f"guidance_scale is {scale}, but this model has no null condition to guide away "
-                "from: use 1"
-            )
-        if negative is not None and scale == 1:
-            raise UserError("a negative condition needs a guidance_scale other than 1")
+        guided = guidance.scale != 1 and (fields is not None or negative is not None)
         shape = arguments.latent_shape(self.config, size)
         if noise is not None:
             noise = np.asarray(noise, np.float32)
@@ -191,7 +195,7 @@ class Pipeline:
             measured(self._memory_of(program, part, **need))
 
         made = self._in_batches(
-            (jnp.float32(scale), jax.tree.map(jnp.asarray, table)),
+            (jax.tree.map(jnp.float32, guidance), jax.tree.map(jnp.asarray, table)),
             {
                 "seeds": seeds,
                 "fields": fields,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ldm_jax import builders, memory
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
+from ldm_jax.arguments import make_guidance
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.pipeline import check_fields
 from ldm_jax.data.sources import Source, open_source
@@ -90,6 +91,7 @@ def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
             f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
             "use 1, or a conditioner with one"
         )
+    make_guidance(config, s.guidance_scale, s.guidance_rescale, s.guidance_interval, False)
     jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
 
 

@@ -35,6 +35,11 @@ def normal(keys: Array, shape: Sequence[int]) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, tuple(shape), jnp.float32))(keys)
 
 
+def uniform(keys: Array) -> Array:
+    """Uniform draws (B,) float32 in [0, 1)."""
+    return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(keys)
+
+
 def randint(keys: Array, low: int, high: int) -> Array:
     """Uniform integers (B,) int32 in [low, high)."""
     return jax.vmap(lambda key: jax.random.randint(key, (), low, high))(keys)

@@ -27,11 +27,13 @@ from ldm_jax.pipeline import Pipeline
 from ldm_jax.preflight import check_parts, open_data
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.alarms import first_stage_alarms
+from ldm_jax.training.ema import profiles
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts
 from ldm_jax.training.loop import Picture, Stage, fit
 from ldm_jax.training.sharding import make_mesh, replicated
+from ldm_jax.training.snapshots import write_snapshots
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
@@ -213,7 +215,23 @@ class _Run:
             return Picture(path)
 
         start = self._starting_weights()
-        stage = Stage("diffusion", self.workdir, config.train, init, step, frozen, picture, start)
+        kept = profiles(config)
+
+        def snapshot(state: TrainState, number: int) -> None:
+            write_snapshots(self.workdir / files.AVERAGES, state.averages, kept, number)
+
+        stage = Stage(
+            "diffusion",
+            self.workdir,
+            config.train,
+            init,
+            step,
+            frozen,
+            picture,
+            start,
+            snapshot=snapshot if kept else None,
+            snapshot_every=config.ema_snapshots.every,
+        )
         return update(self._fit(stage, self._batches(source, stage.block), 3))
 
     def _starting_weights(self) -> dict[str, Any] | None:

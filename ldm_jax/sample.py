@@ -24,7 +24,7 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "How many images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; never changes an image.")
 _SEED = flags.DEFINE_integer("seed", 0, "Image i comes from the seed SEED + i alone.")
 _SAMPLER = flags.DEFINE_string(
-    "sampler", None, "ddim, ddpm, plms, dpmpp_2m, dpmpp_3m, euler or heun."
+    "sampler", None, "Such as ddim, dpmpp_2m, unipc, heun; docs/objectives.md has all."
 )
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps per image.")
 _ETA = flags.DEFINE_float("eta", None, "Of ddim: 0 = deterministic to 1 = ancestral noise.")
@@ -32,6 +32,15 @@ _SPACING = flags.DEFINE_string(
     "spacing", None, "Noise levels visited: leading, uniform, quad, linspace, trailing, karras."
 )
 _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
+_RESCALE = flags.DEFINE_float(
+    "guidance_rescale", None, "0 to 1: keeps guided images from saturating; 0.7 is usual."
+)
+_INTERVAL = flags.DEFINE_list(
+    "guidance_interval",
+    None,
+    "Two shares of the time range, such as 0.2,0.8, between which there is guidance; elsewhere a "
+    "step costs half.",
+)
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/samples/step_<step>.")
 _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png.")
 flags.adopt_module_key_flags(sample_inputs)  # so that --help lists them
@@ -61,6 +70,8 @@ def main() -> None:
         "steps": defaults.steps if _STEPS.value is None else _STEPS.value,
         "eta": nearest_eta(sampler, defaults.eta) if _ETA.value is None else _ETA.value,
         "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
+        "guidance_rescale": defaults.guidance_rescale if _RESCALE.value is None else _RESCALE.value,
+        "guidance_interval": _interval(defaults.guidance_interval),
         "spacing": defaults.spacing if _SPACING.value is None else _SPACING.value,
     }
     condition = inputs["condition"] or {}
@@ -89,6 +100,17 @@ def main() -> None:
             images.save_png(out / "grid.png", images.make_grid(pixels))
         (out / "samples.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{len(seeds)} images of step {pipe.step} in {out}")
+
+
+def _interval(default: tuple[float, float]) -> tuple[float, ...]:
+    if _INTERVAL.value is None:
+        return tuple(default)
+    try:
+        low, high = (float(value) for value in _INTERVAL.value)
+    except ValueError:
+        given = ",".join(_INTERVAL.value)
+        raise UserError(f"--guidance_interval={given} must be two numbers, 0.2,0.8") from None
+    return low, high
 
 
 def _plain(value: Any) -> list:

@@ -153,6 +153,7 @@ def _condition(
 
     from ldm_jax.data import condition_files as read
     from ldm_jax.data.layout import box_picture, encode_layout, slots
+    from ldm_jax.images import class_picture
 
     if _PROMPT.value and _PROMPTS_FILE.value:
         raise UserError("give --prompt or --prompts_file, not both")
@@ -184,7 +185,7 @@ def _condition(
         _need(pipe, "segmentation", _SEGMENTATION)
         classes = read.read_label_map(_SEGMENTATION.value, c.segmentation.num_classes, size)
         found["segmentation"] = np.tile(classes, (count, 1, 1))
-        pictures["segmentation"] = _class_picture(classes, c.segmentation.num_classes)
+        pictures["segmentation"] = class_picture(classes, c.segmentation.num_classes)
     if _LOW_RES.value:
         _need(pipe, "low_res", _LOW_RES)
         small_size = tuple(side // c.data.low_res.factor for side in size)
@@ -237,16 +238,6 @@ def _fitted(image: Any) -> np.ndarray:
     if image.note:
         print(image.note)
     return image.pixels
-
-
-def _class_picture(classes: np.ndarray, count: int) -> np.ndarray:
-    """A map of classes (H, W) as colours (H, W, 3) uint8; class 0 is white."""
-    import colorsys
-
-    import numpy as np
-
-    hues = [colorsys.hsv_to_rgb(i / max(1, count - 1), 0.7, 0.8) for i in range(count - 1)]
-    return np.round(255 * np.array([(1.0, 1.0, 1.0), *hues]))[classes].astype(np.uint8)
 
 
 def _between_seeds(pipe: Pipeline, count: int, size: tuple[int, int]) -> np.ndarray:

@@ -31,3 +31,8 @@ class Prediction:
 
     x0: Array
     eps: Array
+
+    @property
+    def velocity(self) -> Array:
+        """eps - x0, dx_t/dt of a rectified flow (Liu et al. 2023)."""
+        return self.eps - self.x0

@@ -10,6 +10,7 @@ workdir/
                          mean, std, channel_mean and channel_std of z over a number of `images`,
                          or `images` 0 alone where the rule measures nothing
   checkpoints/<step>/    of the diffusion model
+  ema/                   averages of the weights kept along the run, and what `ema` makes of them
   samples/               grids
   evaluation/            what `evaluate` writes; reconstructions/ is of `reconstruct`
   metrics.jsonl, events.out.tfevents.*, parameters.txt
@@ -42,6 +43,7 @@ from ldm_jax.training.steps import diffusion_functions
 WEIGHTS = "weights.safetensors"
 LATENTS = "latents.json"
 TOKENIZER = "tokenizer"
+AVERAGES = "ema"
 # Keys of the denoiser and the conditioners that may differ where weights are reused.
 NOT_WEIGHTS = ("denoiser.dropout", "denoiser.remat", "text.tokenizer")
 # What a first stage's weights depend on; how it was trained does not matter to who uses it.

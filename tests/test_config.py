@@ -4,14 +4,20 @@ import pytest
 
 from ldm_jax import checks
 from ldm_jax import config as config_lib
+from ldm_jax.checks_diffusion import CONTINUOUS
 from ldm_jax.conditioners.label import SLOTS
 from ldm_jax.data import degradation, masks
-from ldm_jax.diffusion.objective import ERRORS
+from ldm_jax.denoisers import dit
+from ldm_jax.diffusion import times
+from ldm_jax.diffusion.objective import LOSSES
 from ldm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ldm_jax.diffusion.schedule import BETAS
 from ldm_jax.diffusion.solvers import SAMPLERS
 from ldm_jax.diffusion.spacing import SPACINGS
+from ldm_jax.diffusion.weighting import WEIGHTINGS
 from ldm_jax.errors import UserError
+
+FLOW = {"diffusion.schedule": "flow", "diffusion.predict": "flow"}
 
 
 def misspelt(key: str) -> str:
@@ -75,6 +81,21 @@ def test_differences_name_the_key_and_both_values():
         ({"conditioners": ("label",)}, "add 'label' to config.data.fields"),
         ({"denoiser.cross_attention": True}, "no conditioner gives a context"),
         ({"data.cache_latents": True, "data.crop": "random"}, "crop='center'"),
+        ({"diffusion.schedule": "fast"}, "choose from scaled_linear, .*, flow, log_snr"),
+        ({"diffusion.weighting": "snr"}, "choose from simple, min_snr"),
+        ({"diffusion.times": "normal"}, "choose from uniform, logit_normal, log_normal"),
+        ({"diffusion.schedule": "flow"}, "predict='eps' does not go with schedule='flow'"),
+        ({"diffusion.zero_terminal_snr": True}, "does not go with zero_terminal_snr"),
+        (FLOW | {"diffusion.zero_terminal_snr": True}, "has none"),
+        ({"diffusion.times": "log_normal"}, "schedules in continuous time"),
+        ({"diffusion.times_shift": 3.0}, "schedules in continuous time"),
+        (FLOW | {"diffusion.times_shift": 0.0}, "times_shift is 0.0, but must be above 0"),
+        (FLOW | {"diffusion.times_shift": 3.0, "diffusion.weighting": "vlb"}, "uniform times only"),
+        (FLOW | {"sample.spacing": "quad"}, "choose from leading, linspace, trailing, karras"),
+        (FLOW | {"diffusion.steps": 1}, "at least 2"),
+        ({"diffusion.ratios": (80.0, 0.002)}, "0 < first < last"),
+        ({"diffusion.p2": (0.0, 1.0)}, "k above 0"),
+        ({"diffusion.sigma_data": 0.0}, "above 0"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(change, message):
@@ -89,9 +110,14 @@ def test_values_that_do_not_fit_are_refused(change, message):
     [
         ("sample.sampler", SAMPLERS),
         ("sample.spacing", SPACINGS),
-        ("diffusion.schedule", BETAS),
+        ("diffusion.schedule", (*BETAS, *CONTINUOUS)),
+        ("diffusion.times", times.TIMES),
+        ("diffusion.weighting", WEIGHTINGS),
         ("diffusion.predict", PARAMETERIZATIONS),
-        ("diffusion.loss", ERRORS),
+        ("diffusion.loss", LOSSES),
+        ("denoiser.dit.positions", dit.POSITIONS),
+        ("denoiser.dit.context", dit.CONTEXTS),
+        ("denoiser.dit.mlp", dit.MLPS),
         ("label.slot", SLOTS),
         ("data.mask", masks.KINDS),
         ("data.low_res.degradation", degradation.KINDS),
@@ -112,3 +138,12 @@ def test_arguments_join_in_either_order():
     )
     assert config_lib.to_json(one) == config_lib.to_json(other)
     assert one.first_stage.codebook.rule == "ema" and one.data.resolution == 32
+
+
+@pytest.mark.parametrize("schedule", checks.CHOICES["diffusion.schedule"])
+@pytest.mark.parametrize("predict", PARAMETERIZATIONS)
+def test_schedules_go_with_all_predictions_that_have_a_meaning(schedule, predict):
+    config = config_lib.get_config()
+    config.diffusion.update(schedule=schedule, predict=predict)
+    if (schedule, predict) != ("flow", "eps"):
+        config_lib.check(config)

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(ldm_jax.__file__).parent
 ORDER = (
     ("types", "errors"),
     ("defaults", "published", "small"),
+    ("checks_diffusion",),
     ("checks",),
     ("random", "images", "config", "tensors", "download", "memory"),
     ("nn", "data", "diffusion"),
@@ -32,7 +33,7 @@ ORDER = (
     ("condition_sheet",),
     ("condition_figures",),
     ("obedience",),
-    ("run", "sample", "latent_statistics", "evaluate", "reconstruct", "__init__"),
+    ("run", "sample", "latent_statistics", "evaluate", "reconstruct", "ema", "__init__"),
     ("train",),
 )
 

@@ -127,7 +127,7 @@ def test_levels_and_settings_that_cannot_be_used(pipe):
     with pytest.raises(UserError, match="for models with the conditioner 'noise_level'"):
         model("low_res").sample([0], {"low_res": small}, noise_level=0.1)
     with pytest.raises(UserError, match="cannot be dropped or guided"):
-        NoiseLevel(32).apply({}, 2, method="null")
+        NoiseLevel(32, 128).apply({}, 2, method="null")
     assert jnp.isfinite(pipe.sample([0], {"low_res": small}, decode=False)).all()
 
 

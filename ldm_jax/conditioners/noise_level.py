@@ -12,22 +12,26 @@ STEPS = 1000  # levels are spread over what the sinusoids of diffusion times res
 
 
 class NoiseLevel(nn.Module):
-    """Embeds `batch['noise_level']` (B,) float32 in [0, 1) as a vector (B, 4 * width).
+    """Embeds `batch['noise_level']` (B,) float32 in [0, 1) as a vector (B, features).
 
     It is what a model that is trained with noise-level augmentation must be told (Ho et al. 2022,
     "Cascaded diffusion models", section 4.2). The network is that of the diffusion time.
 
     Attributes:
-        width: channels of the denoiser's first level.
+        dim: width of the sinusoids.
+        features: channels of the denoiser's slot `vector`.
     """
 
-    width: int
+    dim: int
+    features: int
 
     @nn.compact
     def __call__(self, batch: dict[str, Array]) -> Condition:
         """The embedded levels of a batch."""
         return Condition(
-            vector=TimeEmbedding(self.width, name="embed")(STEPS * batch["noise_level"])
+            vector=TimeEmbedding(self.dim, self.features, name="embed")(
+                STEPS * batch["noise_level"]
+            )
         )
 
     def null(self, batch_size: int) -> Condition:

@@ -39,8 +39,14 @@ def to_yaml(config: ConfigDict, scale_factor: float) -> dict[str, Any]:
     if config.train.steps == 0:
         return {"model": first_stage}
     c = config.diffusion
-    if c.predict == "v":
-        raise UserError("the original code knows no v-prediction (diffusion.predict)")
+    for key, known in (
+        ("predict", ("eps", "x0")),
+        ("schedule", tuple(SCHEDULES.values())),
+        ("zero_terminal_snr", (False,)),
+        ("loss", ("l1", "l2")),
+    ):
+        if c[key] not in known:
+            raise UserError(f"the original code knows no config.diffusion.{key}={c[key]!r}")
     params = {
         "linear_start": c.beta[0],
         "linear_end": c.beta[1],

@@ -30,7 +30,7 @@ from ldm_jax.convert.diffusers_keys import (
 from ldm_jax.convert.model import use_conditioners
 from ldm_jax.convert.tables import short
 from ldm_jax.convert.text import text_module
-from ldm_jax.diffusion.solvers import SAMPLERS
+from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.errors import UserError
 
 Parts = dict[str, dict[str, Any]]
@@ -89,6 +89,12 @@ def write_scheduler(config: ConfigDict) -> dict[str, Any]:
         raise UserError(
             f"diffusers has no noise schedule like config.diffusion.schedule='{d.schedule}': "
             "export to another format"
+        )
+    if d.predict not in PREDICTIONS or d.zero_terminal_snr:
+        key = "zero_terminal_snr" if d.zero_terminal_snr else "predict"
+        raise UserError(
+            f"config.diffusion.{key}={d[key]!r} cannot be exported to diffusers: export to another "
+            "format"
         )
     sampler = s.sampler.replace("dpmpp_3m", "dpmpp_2m")
     given = dict(

@@ -13,6 +13,7 @@ from ldm_jax.convert.compvis_model import write_model
 from ldm_jax.convert.diffusers import write_folder
 from ldm_jax.convert.model import Model, without_local
 from ldm_jax.convert.torch_file import save_checkpoint
+from ldm_jax.errors import UserError
 
 
 def open_model(workdir: pathlib.Path) -> Model:
@@ -30,8 +31,17 @@ def open_model(workdir: pathlib.Path) -> Model:
     return Model(config, weights, tokenizer, files.read_labels(workdir), step)
 
 
+def _need_unet(model: Model) -> None:
+    if model.config.train.steps > 0 and model.config.denoiser.kind != "unet":
+        raise UserError(
+            f"this model's denoiser is a '{model.config.denoiser.kind}', but only a UNet can be "
+            "exported in this layout: export to safetensors"
+        )
+
+
 def export_compvis(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes `model.ckpt`, `model.safetensors` and `config.yaml` of the original code's layout."""
+    _need_unet(model)
     state_dict, yaml_dict = write_model(model)
     out.mkdir(parents=True, exist_ok=True)  # after all that may be refused
     paths = [out / name for name in ("config.yaml", "model.safetensors", "model.ckpt")]
@@ -43,6 +53,7 @@ def export_compvis(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
 
 def export_diffusers(model: Model, out: pathlib.Path) -> list[pathlib.Path]:
     """Writes a folder that `from_pretrained` of diffusers reads."""
+    _need_unet(model)
     write_folder(model, out)
     return [out]
 

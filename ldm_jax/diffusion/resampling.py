@@ -43,7 +43,7 @@ def resample(table: Table, grid: Grid, times: int, length: int = 1) -> Table:
 
     Rows get 'forward' and 'renoise', the factors of x_t and of fresh noise, float64 until here: 1
     and 0 where the next row goes on, and those of the forward process between the two levels where
-    it goes back. They keep x_t variance preserving.
+    it goes back. They keep x_t on the process.
 
     Args:
         table: of a sampler that is not multistep, with a row for each level of the grid.
@@ -65,8 +65,10 @@ def resample(table: Table, grid: Grid, times: int, length: int = 1) -> Table:
         )
     steps, back = visit_order(count, times, length)
     reached = np.minimum(steps + 1, count - 1)  # the level after the step; unused for the last
-    ratio = np.where(back > 0, grid.alpha_bar[reached - back] / grid.alpha_bar[reached], 1.0)
+    noisier = reached - back
+    forward = grid.alpha[noisier] / grid.alpha[reached]
+    added = grid.sigma[noisier] ** 2 - (forward * grid.sigma[reached]) ** 2
     rows = {name: column[steps] for name, column in table.rows.items()}
-    rows["forward"] = np.sqrt(ratio).astype(np.float32)
-    rows["renoise"] = np.sqrt(1 - ratio).astype(np.float32)
+    rows["forward"] = forward.astype(np.float32)
+    rows["renoise"] = np.sqrt(np.maximum(added, 0)).astype(np.float32)
     return Table(table.start, rows)

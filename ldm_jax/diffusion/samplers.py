@@ -13,16 +13,77 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import random
+from ldm_jax.diffusion.exponential import (
+    deis_table,
+    dpmpp_table,
+    unipc_init,
+    unipc_step,
+    unipc_table,
+)
 from ldm_jax.diffusion.guidance import Denoise
 from ldm_jax.diffusion.resampling import resample
-from ldm_jax.diffusion.schedule import Schedule
-from ldm_jax.diffusion.solvers import SAMPLERS, Row, Sampler, Table, level_of
-from ldm_jax.diffusion.spacing import SPACINGS, Grid, make_grid
+from ldm_jax.diffusion.schedule import Process
+from ldm_jax.diffusion.solvers import (
+    Row,
+    Sampler,
+    Table,
+    ddim_step,
+    ddim_table,
+    ddpm_step,
+    ddpm_table,
+    euler_ancestral_table,
+    euler_table,
+    flow_heun_table,
+    heun_table,
+    level_of,
+    linear_init,
+    linear_step,
+    plms_table,
+)
+from ldm_jax.diffusion.spacing import SPACINGS, make_grid
 from ldm_jax.errors import UserError
 from ldm_jax.types import Array
 
 # Steps count up from 0 and never get there.
 KNOWN_STREAM, RENOISE_STREAM = np.uint32(2**32 - 1), np.uint32(2**32 - 2)
+
+
+_DIFFERING = tuple(name for name in SPACINGS if name != "quad")  # which repeats time steps
+
+SAMPLERS = {
+    "ddim": Sampler(ddim_table, lambda x_T: (x_T,), ddim_step, etas=(0.0, 1.0)),
+    "ddpm": Sampler(ddpm_table, lambda x_T: (x_T,), ddpm_step, etas=(1.0, 1.0), blend="after"),
+    "plms": Sampler(
+        plms_table,
+        linear_init(3),
+        linear_step("eps"),
+        # Its weights are those of equal steps.
+        spacings=("leading", "uniform", "linspace", "linspace_open", "trailing"),
+        multistep=True,
+    ),
+    "euler": Sampler(euler_table, lambda x_T: (x_T,), ddim_step),
+    "euler_ancestral": Sampler(
+        euler_ancestral_table, lambda x_T: (x_T,), ddim_step, etas=(1.0, 1.0)
+    ),
+    "heun": Sampler(heun_table, linear_init(1), linear_step("eps"), multistep=True),
+    "flow_heun": Sampler(flow_heun_table, linear_init(1), linear_step("velocity"), multistep=True),
+    "deis": Sampler(
+        deis_table, linear_init(2), linear_step("eps"), (0.0, 0.0), _DIFFERING
+    )._replace(multistep=True),
+    "unipc": Sampler(unipc_table, unipc_init, unipc_step, (0.0, 0.0), _DIFFERING)._replace(
+        multistep=True
+    ),
+}
+for _order in (2, 3):
+    _dpmpp = Sampler(
+        dpmpp_table(_order),
+        linear_init(_order - 1),
+        linear_step("x0"),
+        spacings=_DIFFERING,
+        multistep=True,
+    )
+    SAMPLERS[f"dpmpp_{_order}m"] = _dpmpp
+    SAMPLERS[f"dpmpp_{_order}m_sde"] = _dpmpp._replace(etas=(1.0, 1.0))
 
 
 class Known(NamedTuple):
@@ -54,7 +115,7 @@ def nearest_eta(name: str, eta: float) -> float:
 
 def make_table(
     name: str,
-    schedule: Schedule,
+    process: Process,
     steps: int,
     eta: float | None = None,
     spacing: str = "leading",
@@ -65,11 +126,12 @@ def make_table(
 
     Args:
         name: a key of SAMPLERS.
-        schedule: the forward process with T time steps.
+        process: the forward process, with a clock of T steps.
         steps: number of steps in [1, T]; the rows of the table are the network calls, which are
-            2 * steps - 1 for 'heun', steps + 1 for 'plms' and steps for the others.
+            2 * steps - 1 for 'heun' and 'flow_heun', steps + 1 for 'plms' and steps for the others;
+            one less for 'heun' and 'plms' where the first level is pure noise.
         eta: for 'ddim' in [0, 1]: 0 (the default) is deterministic, 1 has the variance of ancestral
-            sampling. It is 1 for 'ddpm' and 0 for the others.
+            sampling. It is 1 for 'ddpm', 'euler_ancestral' and '..._sde', and 0 for the others.
         spacing: one of SPACINGS.
         strength: share of the steps, the last ones, that are made; for starts from an image. At
             least one is.
@@ -93,10 +155,10 @@ def make_table(
         )
     if not 0 < strength <= 1:
         raise UserError(f"strength must be above 0 and at most 1, not {strength:g}")
-    grid = make_grid(spacing, schedule, steps)
+    grid = make_grid(spacing, process, steps)
     skipped = len(grid.t) - max(1, round(strength * len(grid.t)))
-    grid = Grid(grid.t[skipped:], grid.alpha_bar[skipped:])
-    table = sampler.table(schedule, grid, eta)
+    grid = grid.at(slice(skipped, None))
+    table = sampler.table(process, grid, eta)
     if tuple(resampling) == (1, 1):
         return table
     if sampler.multistep:
@@ -152,6 +214,8 @@ def make_step(
             noise = step_noise(keys, index, carry[0].shape[1:])
         # Where x_t goes back to a noisier level, only 'before' finds known parts at that level.
         before = sampler.blend == "before" or "renoise" in row
+        if known is not None and "corrected" in row:  # it would undo what is replaced
+            row = row | {"corrected": jnp.zeros_like(row["corrected"])}
         if known is not None and before:
             carry = blend(carry, index, row, for_known)
         carry = sampler.step(denoise, carry, row, noise)

@@ -1,13 +1,14 @@
-"""Noise schedules of the discrete-time process x_t = alpha_t x0 + sigma_t eps.
+"""The forward process x_t = alpha_t x0 + sigma_t eps, and its schedules in discrete time.
 
 Everything is built in NumPy float64 (float64 is silently float32 in JAX) and rounded once.
+The schedules of continuous time are in `continuous`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ class Level(NamedTuple):
     """A noise level, one for all of a batch or one per example.
 
     Attributes:
-        t: () or (B,) time that the network is told, in [0, T - 1].
+        t: () or (B,) time that the network is told, in [first, last] of the process.
         alpha: factor of x0 in x_t; a scalar, or (B, 1, ..., 1).
         sigma: factor of eps in x_t, likewise.
     """
@@ -51,22 +52,79 @@ class Level(NamedTuple):
         return self.alpha * x0 + self.sigma * eps
 
 
+class Process(Protocol):
+    """What objectives, spacings and samplers know of a forward process.
+
+    There is one clock, t, which is also what the network is told. The noise-to-signal ratio
+    sigma / alpha rises with it, and may be infinite at its end.
+
+    Attributes:
+        discrete: whether only the whole t are levels of training.
+        steps: T, which counts the levels of a discrete process, and is otherwise the length of the
+            clock.
+        first: the t of the least noise.
+        last: the t of the most noise.
+    """
+
+    discrete: bool
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def first(self) -> float: ...
+
+    @property
+    def last(self) -> float: ...
+
+    def level(self, t: Array, ndim: int) -> Level:
+        """The noise levels of t (B,), for x_t of rank `ndim`, within jit."""
+
+    def marginal(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """alpha and sigma (N,) float64 of t (N,), between the levels of training, too."""
+
+    def time_of(self, log_ratio: np.ndarray | Array) -> np.ndarray | Array:
+        """The t (N,) that the network is told at a finite log sigma / alpha (N,), of its type."""
+
+    def snr_fall(self, t: Array) -> Array:
+        """By how much the signal-to-noise ratio falls at t (B,), per T of the clock."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """The betas of a forward process and what follows from them; hashed by identity.
 
+    Its times are the whole numbers 0 to T - 1, and its levels preserve the variance.
+
     Attributes:
-        betas: (T,) float64, in (0, 1).
+        betas: (T,) float64, in (0, 1]; the last is 1 where the process ends in pure noise.
         alpha_bar: (T,) float64, cumulative products of 1 - betas.
     """
 
     betas: np.ndarray
     alpha_bar: np.ndarray
+    discrete = True
 
     @property
     def steps(self) -> int:
         """T, the number of time steps; t lies in [0, T)."""
         return len(self.betas)
+
+    @property
+    def first(self) -> int:
+        """The time step of the least noise."""
+        return 0
+
+    @property
+    def last(self) -> int:
+        """The time step of the most noise."""
+        return self.steps - 1
+
+    @functools.cached_property
+    def ratio(self) -> np.ndarray:
+        """(T,) float64 sigma / alpha; infinite where nothing is left of x0."""
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
 
     @functools.cached_property
     def alpha(self) -> np.ndarray:
@@ -82,17 +140,56 @@ class Schedule:
         """The noise levels of t (B,) int, for x_t of rank `ndim`; NaN for a t outside [0, T)."""
         return Level(t, at(self.alpha, t, ndim), at(self.sigma, t, ndim))
 
+    def marginal(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """alpha and sigma (N,) float64 of t (N,) in [0, T - 1].
+
+        Between time steps, sigma / alpha is interpolated linearly, as in diffusers; before a last
+        step without signal, its reciprocal is.
+        """
+        t, whole = np.asarray(t), np.arange(self.steps)
+        if t.dtype.kind == "i":
+            return np.sqrt(self.alpha_bar[t]), np.sqrt(1 - self.alpha_bar[t])
+        finite = np.isfinite(self.ratio)
+        ratio = np.interp(t, whole[finite], self.ratio[finite])
+        signal = np.interp(t, whole, 1 / self.ratio)
+        beyond = t > whole[finite][-1]
+        root = np.hypot(1, np.where(beyond, signal, ratio))
+        one, other = 1 / root, np.where(beyond, signal, ratio) / root
+        return np.where(beyond, other, one), np.where(beyond, one, other)
+
+    def time_of(self, log_ratio: np.ndarray) -> np.ndarray:
+        """The time step (N,) float64 whose log sigma / alpha is nearest to `log_ratio` (N,)."""
+        finite = np.isfinite(self.ratio)
+        levels = np.log(self.ratio[finite])
+        return np.interp(log_ratio, levels, np.arange(self.steps)[finite]).round()
+
+    def snr_fall(self, t: Array) -> Array:
+        """T times the fall of alpha^2 / sigma^2 from t - 1 to t (B,) int -> (B,).
+
+        Entry 0, which is infinite, copies entry 1, as in the original code's weights of the bound.
+        """
+        snr = self.alpha_bar / (1 - self.alpha_bar)
+        fall = self.steps * (np.append(snr[:1], snr[:-1]) - snr)
+        fall[0] = fall[min(1, self.last)]
+        return at(fall.astype(np.float32), t, 1)
+
     def add_noise(self, x0: Array, eps: Array, t: Array) -> Array:
         """Draws x_t given x0 by eq. 4 of DDPM: x0, eps (B, ...), t (B,) int -> (B, ...)."""
         return self.level(t, x0.ndim).noised(x0, eps)
 
 
 def make_schedule(
-    kind: str = "scaled_linear", beta: tuple[float, float] = (0.0015, 0.0195), steps: int = 1000
+    kind: str = "scaled_linear",
+    beta: tuple[float, float] = (0.0015, 0.0195),
+    steps: int = 1000,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """Builds a schedule from its name, the ends of the beta range and the number of time steps.
 
-    'cosine' ignores `beta`. Raises UserError for an unknown kind or values outside their range.
+    'cosine' ignores `beta`. `zero_terminal_snr` makes the last time step pure noise.
+
+    Raises:
+        UserError: an unknown kind, or values outside their range.
     """
     if kind not in BETAS:
         raise UserError(f"unknown noise schedule '{kind}': choose one of {', '.join(BETAS)}")
@@ -102,7 +199,18 @@ def make_schedule(
     if steps < 1:
         raise UserError(f"a noise schedule needs at least 1 time step, not {steps}")
     betas = BETAS[kind](start, end, steps)
-    return Schedule(betas=betas, alpha_bar=np.cumprod(1 - betas))
+    alpha_bar = np.cumprod(1 - betas)
+    return _end_in_noise(alpha_bar) if zero_terminal_snr else Schedule(betas, alpha_bar)
+
+
+def _end_in_noise(alpha_bar: np.ndarray) -> Schedule:
+    """Shifts and scales alpha so that it ends at 0 and starts where it did (Lin et al. 2024, 1)."""
+    if len(alpha_bar) < 2:
+        raise UserError("zero_terminal_snr needs at least 2 time steps")
+    alpha = np.sqrt(alpha_bar)
+    rescaled = ((alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))) ** 2
+    rescaled[0] = alpha_bar[0]
+    return Schedule(1 - rescaled / np.append(1.0, rescaled[:-1]), rescaled)
 
 
 def at(values: np.ndarray, t: Array, ndim: int) -> Array:
@@ -150,9 +258,9 @@ def vlb_weights(schedule: Schedule, predict: str, variance_mix: float = 0.0) -> 
         weights = 0.5 * np.sqrt(alpha_bar) / (2 - alpha_bar)
     else:
         variance = posterior(schedule, variance_mix).variance
+        # An error of eps is alpha times that of v, and alpha_bar / (1 - beta) is that of t - 1.
+        kept = np.append(1.0, alpha_bar[:-1]) if predict == "v" else 1 / (1 - betas)
         with np.errstate(divide="ignore"):
-            weights = betas**2 / (2 * variance * (1 - betas) * (1 - alpha_bar))
-        if predict == "v":
-            weights = alpha_bar * weights  # an error of eps is alpha times that of v
+            weights = kept * betas**2 / (2 * variance * (1 - alpha_bar))
     weights[0] = weights[min(1, schedule.steps - 1)]
     return weights

@@ -1,7 +1,7 @@
 """Which noise levels a sampler visits, by name.
 
-Times are those of the training process, 0 to T - 1. The grids here are ascending in time, as they
-are usually written; `make_grid` turns them into the order of the steps.
+Times are those of the process that was trained. The grids here are ascending in time, as they are
+usually written; `make_grid` turns them into the order of the steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm_jax.diffusion.schedule import Schedule
+from ldm_jax.diffusion.schedule import Process
 from ldm_jax.errors import UserError
 
 
@@ -19,12 +19,25 @@ class Grid(NamedTuple):
     """Visited noise levels in the order of the steps, from much noise to little; float64.
 
     Attributes:
-        t: (N,) times that the network is told, in [0, T - 1]; they may be fractional.
-        alpha_bar: (N,) squared factors of x0 in x_t.
+        t: (N,) times that the network is told, in [first, last] of the process; they may be
+            fractional.
+        alpha: (N,) factors of x0 in x_t; 0 at the first level of some processes, never later.
+        sigma: (N,) factors of eps in x_t, above 0.
     """
 
     t: np.ndarray
-    alpha_bar: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """(N,) sigma / alpha, infinite at pure noise."""
+        with np.errstate(divide="ignore"):
+            return self.sigma / self.alpha
+
+    def at(self, place: np.ndarray | slice) -> Grid:
+        """The levels at some places, an index or a slice."""
+        return Grid(*(column[place] for column in self))
 
 
 def leading_steps(total: int, steps: int) -> np.ndarray:
@@ -69,48 +82,79 @@ TIMES: dict[str, Callable[[int, int], np.ndarray]] = {
     "linspace_open": linspace_open_steps,
     "trailing": trailing_steps,
 }
-SPACINGS = (*TIMES, "karras")
+# The same in continuous time: T, the first and the last t are the process's own.
+CONTINUOUS_TIMES: dict[str, Callable[[Process, int], np.ndarray]] = {
+    "leading": lambda process, steps: np.arange(steps) * process.steps / steps + 1,
+    "linspace": lambda process, steps: np.linspace(process.last, process.first, steps)[::-1],
+    "trailing": lambda process, steps: np.arange(1, steps + 1) * process.steps / steps,
+}
 
 
-def karras_grid(schedule: Schedule, steps: int, rho: float = 7.0) -> Grid:
-    """From the largest to the smallest sigma / alpha of the process by eq. 5 of Karras et al. 2022.
+def karras_ratios(most: float, least: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Falling sigma / alpha (N,) by eq. 5 of Karras et al. 2022."""
+    return np.linspace(most ** (1 / rho), least ** (1 / rho), steps) ** rho
 
-    These levels lie between those of training; the network is told the nearest time step.
+
+# Levels that lie between those of a discrete schedule, by sigma / alpha; falling.
+RATIOS: dict[str, Callable[[float, float, int], np.ndarray]] = {
+    "karras": karras_ratios,
+    "log_snr": np.geomspace,
+}
+SPACINGS = (*TIMES, *RATIOS)
+CONTINUOUS_SPACINGS = (*CONTINUOUS_TIMES, *RATIOS)
+
+
+def ratio_grid(spacing: str, process: Process, steps: int) -> Grid:
+    """From the largest to the smallest sigma / alpha of the process by a spacing of RATIOS.
+
+    Of a discrete process, the network is told the nearest time step. One that ends in pure noise
+    starts there, and goes on from the largest finite ratio, one step of its clock below.
     """
-    ratio = _noise_to_signal(schedule)
-    ends = ratio[-1] ** (1 / rho), ratio[0] ** (1 / rho)
-    visited = np.linspace(*ends, steps) ** rho
-    t = np.interp(np.log(visited), np.log(ratio), np.arange(schedule.steps)).round()
-    return Grid(t, 1 / (1 + visited**2))
+    alpha, _ = process.marginal(np.asarray([process.last]))
+    noise_first = bool(alpha[0] == 0)
+    ends = np.asarray([process.last - noise_first, process.first])
+    ends_alpha, ends_sigma = process.marginal(ends)
+    most, least = ends_sigma / ends_alpha
+    ratio = RATIOS[spacing](most, least, steps - noise_first)
+    t = process.time_of(np.log(ratio))
+    # A ratio has its own pair of factors in every process: those of the clock where it is exact,
+    # and those that preserve the variance between time steps.
+    alpha, sigma = 1 / np.hypot(1, ratio), ratio / np.hypot(1, ratio)
+    if not process.discrete:
+        alpha, sigma = process.marginal(t)
+    grid = Grid(t, alpha, sigma)
+    if noise_first:
+        grid = Grid(np.append(process.last, t), np.append(0.0, alpha), np.append(1.0, sigma))
+    return grid
 
 
-def make_grid(spacing: str, schedule: Schedule, steps: int) -> Grid:
+def make_grid(spacing: str, process: Process, steps: int) -> Grid:
     """Finds the noise levels that `steps` steps of a spacing visit.
 
     Raises:
-        UserError: an unknown spacing, steps outside [1, T], or a spacing that leaves [0, T).
+        UserError: an unknown spacing, one that the process has not, steps outside [1, T], or a
+            spacing that leaves [0, T).
     """
     if spacing not in SPACINGS:
         raise UserError(f"unknown spacing '{spacing}': choose one of {', '.join(SPACINGS)}")
-    total = schedule.steps
+    total = process.steps
     if not 1 <= steps <= total:
         raise UserError(f"sampling steps must be in 1..{total}, not {steps}")
-    if spacing == "karras":
-        return karras_grid(schedule, steps)
-    t = TIMES[spacing](total, steps)
-    if t.max() >= total:
+    if spacing in RATIOS:
+        return ratio_grid(spacing, process, steps)
+    if not process.discrete:
+        if spacing not in CONTINUOUS_TIMES:
+            raise UserError(
+                f"spacing '{spacing}' counts the time steps of a discrete schedule: choose one of "
+                f"{', '.join(CONTINUOUS_SPACINGS)}"
+            )
+        t = CONTINUOUS_TIMES[spacing](process, steps)
+    else:
+        t = TIMES[spacing](total, steps)
+    if t.max() > process.last:
         raise UserError(
             f"spacing '{spacing}' with {steps} steps visits time step {t.max()}, but the last is "
-            f"{total - 1}: use spacing 'leading'"
+            f"{process.last}: use spacing 'leading'"
         )
-    if t.dtype.kind == "i":
-        alpha_bar = schedule.alpha_bar[t]
-    else:  # as in diffusers, sigma / alpha is interpolated linearly in time
-        ratio = np.interp(t, np.arange(total), _noise_to_signal(schedule))
-        alpha_bar = 1 / (1 + ratio**2)
-    return Grid(t[::-1].astype(np.float64), alpha_bar[::-1])
-
-
-def _noise_to_signal(schedule: Schedule) -> np.ndarray:
-    """sigma / alpha (T,) float64, the noise level of the variance-exploding view of the process."""
-    return np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
+    alpha, sigma = process.marginal(t)
+    return Grid(t.astype(np.float64), alpha, sigma).at(slice(None, None, -1))

@@ -23,15 +23,17 @@ def timestep_embedding(t: Array, dim: int, max_period: float = 10000.0) -> Array
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of width `dim` and a two-layer network: (B,) -> (B, 4 * dim) float32.
+    """Sinusoids of width `dim` and a two-layer network: (B,) -> (B, features) float32.
 
     It stays in float32: it is a negligible share of the work, and 1000 neighbouring times differ
-    by less than a bfloat16 can tell apart.
+    by less than a bfloat16 can tell apart. Without `features`, there are 4 * dim of them.
     """
 
     dim: int
+    features: int | None = None
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
-        h = Dense(4 * self.dim, name="dense_0")(timestep_embedding(t, self.dim))
-        return Dense(4 * self.dim, name="dense_1")(nn.silu(h))
+        features = self.features or 4 * self.dim
+        h = Dense(features, name="dense_0")(timestep_embedding(t, self.dim))
+        return Dense(features, name="dense_1")(nn.silu(h))

@@ -43,6 +43,7 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     zero_init: bool = False
+    kernel_init: Callable | None = None
     bias_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
 
@@ -50,7 +51,8 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         fan_in = x.shape[-1]
         init = nn.initializers.zeros if self.zero_init else uniform_fan_in(fan_in)
-        kernel = self.param("kernel", init, (fan_in, self.features), jnp.float32)
+        shape = (fan_in, self.features)
+        kernel = self.param("kernel", self.kernel_init or init, shape, jnp.float32)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contract)
         if self.use_bias:
@@ -116,6 +118,13 @@ class GroupNorm(nn.Module):
         return y.astype(x.dtype)
 
 
+def standardize(x: Array, epsilon: float) -> Array:
+    """Moves the last axis to mean 0 and variance 1: (..., C) -> (..., C) float32."""
+    values = x.astype(jnp.float32)
+    centred = values - values.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation of the last axis, in float32 inside."""
 
@@ -125,11 +134,21 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        values = x.astype(jnp.float32)
-        centred = values - values.mean(-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        y = centred * inverse * along_last(scale, x.ndim) + along_last(bias, x.ndim)
+        y = standardize(x, self.epsilon) * along_last(scale, x.ndim) + along_last(bias, x.ndim)
         return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divides the last axis by its root mean square (Zhang & Sennrich 2019), in float32 inside."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        values = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.square(values).mean(-1, keepdims=True) + self.epsilon)
+        return (values * inverse * along_last(scale, x.ndim)).astype(x.dtype)
 
 
 class Dropout(nn.Module):

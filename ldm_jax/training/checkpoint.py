@@ -49,7 +49,7 @@ class Checkpoints:
         """Reads a whole state, laid out over devices as the leaves of `abstract` say."""
         step = self._step(step)
         read = self._read(step, _items(abstract))
-        joined = {"params": {}, "ema_params": {}}
+        joined = {"params": {}, "ema_params": {}, "averages": {}}
         for name, tree in read.items():
             field, _, part = name.partition(".")
             if part:
@@ -99,4 +99,5 @@ def _items(state: TrainState) -> dict[str, Any]:
     """Names what is stored: every part of the weights on its own, and the optimiser."""
     items = {f"params.{part}": tree for part, tree in state.params.items()}
     items |= {f"ema_params.{part}": tree for part, tree in state.ema_params.items()}
+    items |= {f"averages.{name}": tree for name, tree in state.averages.items()}
     return items | {"opt_state": state.opt_state, "stats": state.stats}

@@ -18,6 +18,7 @@ from ldm_jax.data.pipeline import Batches
 from ldm_jax.errors import UserError
 from ldm_jax.training.alarms import Alarms
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
+from ldm_jax.training.ema import subtree
 from ldm_jax.training.interrupt import Interrupted, Interrupts
 from ldm_jax.training.logging import MetricWriter, Progress
 from ldm_jax.training.sharding import batch_sharding, replicated
@@ -51,6 +52,8 @@ class Stage:
         start: weights in place of the random ones, by part as in `TrainState.params`; or None.
         picture_at_end: whether the last step is shown too, wherever it falls.
         alarms: averaged metrics -> what is wrong, by name; see `Alarms`.
+        snapshot: stores what else is kept of a state; called with (state, step).
+        snapshot_every: steps between its calls; it is also called at the last step.
     """
 
     name: str
@@ -63,12 +66,19 @@ class Stage:
     start: Any = None
     picture_at_end: bool = False
     alarms: Callable[[Mapping[str, float]], dict[str, str]] | None = None
+    snapshot: Callable[[TrainState, int], None] | None = None
+    snapshot_every: int = 1
 
     def shows(self, step: int) -> bool:
         """Tells whether a step is shown."""
         every = self.block.picture_every
         at_end = self.picture_at_end and step == self.block.steps
         return every > 0 and (step % every == 0 or at_end)
+
+    def keeps(self, step: int) -> bool:
+        """Tells whether a snapshot of a step is stored."""
+        due = step % self.snapshot_every == 0 or step == self.block.steps
+        return self.snapshot is not None and due
 
 
 def fit(
@@ -108,14 +118,18 @@ def fit(
             # Read once: a signal that comes while this step is written stops after the next one.
             stop = interrupts.requested
             last = stop or step == block.steps
-            if last or step % block.log_every == 0 or step % block.checkpoint_every == 0:
+            saved = last or step % block.checkpoint_every == 0
+            if saved or step % block.log_every == 0 or stage.keeps(step):
                 check_finite(stage, step, metrics)
             if last or step % block.log_every == 0:
                 scalars = progress.report(step, batches.wait_seconds)
                 if alarms:
                     scalars["alarms"] = alarms.check(step, scalars)
                 writer.write(step, scalars)
-            if last or step % block.checkpoint_every == 0:
+            if stage.keeps(step):
+                # Before the checkpoint, after which nobody would come back to write it.
+                stage.snapshot(state, step)
+            if saved:
                 checkpoints.save(state)
             if stop:
                 checkpoints.wait()
@@ -180,11 +194,12 @@ def restore_or_init(
 
 
 def _start_from(state: TrainState, start: Any, sharding: jax.sharding.Sharding) -> TrainState:
-    """Puts given parts, if any, in place of the random ones, and of their moving average."""
+    """Puts given parts, if any, in place of the random ones, and of their moving averages."""
     if start is None:
         return state
     start = state.params | start
-    ema = {part: start[part] for part in state.ema_params}
+    ema = subtree(start, state.ema_params)
+    averages = {name: subtree(start, tree) for name, tree in state.averages.items()}
     # Each is its own copy: the state is donated, and one buffer cannot be donated twice.
-    params, ema = jax.device_put((start, ema), sharding, may_alias=False)
-    return state.replace(params=params, ema_params=ema)
+    put = jax.device_put((start, ema, averages), sharding, may_alias=False)
+    return state.replace(params=put[0], ema_params=put[1], averages=put[2])

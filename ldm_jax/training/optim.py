@@ -69,13 +69,16 @@ def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> Any:
-    """Tells Muon how each kernel is a matrix: all axes but the last are its input."""
+    """Tells Muon how each kernel is a matrix: all axes but the last are its input.
+
+    Kernels of three axes are those of repeated blocks, one matrix for each index of the first axis.
+    """
 
     def numbers(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         # Rows of an embedding or a codebook are looked up, not multiplied with.
         if leaf.ndim < 2 or path[-1].key != "kernel":
             return None
-        inputs = tuple(range(leaf.ndim - 1))
+        inputs = (1,) if leaf.ndim == 3 else tuple(range(leaf.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(inputs, (leaf.ndim - 1,))
 
     return jax.tree_util.tree_map_with_path(numbers, params)

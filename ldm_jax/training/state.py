@@ -23,6 +23,8 @@ class TrainState:
         opt_state: of the optimiser.
         stats: other running statistics, by part: of batch normalisations, of a codebook's use and
             latents, of the discriminator's logits; {} where there are none.
+        averages: of the denoiser and what is trained of the conditioner, by the name of a profile
+            (`ema.Profile`); {} where there are none.
     """
 
     step: Array
@@ -30,6 +32,7 @@ class TrainState:
     ema_params: dict[str, Any]
     opt_state: optax.OptState
     stats: dict[str, Any] = flax.struct.field(default_factory=dict)
+    averages: dict[str, Any] = flax.struct.field(default_factory=dict)
 
 
 Batch = dict[str, Array]

@@ -14,8 +14,8 @@ from ldm_jax import builders, fields, images, random
 from ldm_jax.config import frozen_parts as frozen_parts_of
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
-from ldm_jax.diffusion.objective import quartile_means
-from ldm_jax.training.ema import ema_update
+from ldm_jax.diffusion.objective import log_variance_size, quartile_means
+from ldm_jax.training.ema import averaged_parts, ema_update, profiles
 from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array, Condition
@@ -24,14 +24,15 @@ from ldm_jax.types import Array, Condition
 def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
     """Returns (init, step) that train the denoiser, and its conditioner, on latents.
 
-    `frozen` holds the variables of the first stage. The moving average covers the denoiser only,
-    as in the reference.
+    A learned log-variance is a part of the parameters of its own. `loss_q0` to `loss_q3` are means
+    of the plain error over quarters of the time range, whatever its weight. `frozen` holds the
+    variables of the first stage. The moving average covers the denoiser only, as in the reference.
     """
     first_stage = builders.build_first_stage(config)
     denoiser = builders.build_denoiser(config)
     conditioner = builders.build_conditioner(config)
-    objective = builders.build_objective(config)
-    frozen_parts = frozen_parts_of(config)
+    process, learns_variance = builders.build_schedule(config), config.diffusion.learn_log_variance
+    frozen_parts, kept = frozen_parts_of(config), profiles(config)
     optimizer, rate = make_optimizer(config.train), learning_rate(config.train)
     if frozen_parts:
         optimizer = optax.multi_transform(
@@ -50,9 +51,13 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
             )["params"],
             "conditioner": variables.get("params", {}),
         }
+        if learns_variance:
+            params["log_variance"] = {"values": jnp.zeros(log_variance_size(process))}
         # A copy: the state is donated, and one buffer cannot be donated twice.
         ema = {"denoiser": jax.tree.map(jnp.copy, params["denoiser"])}
-        return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
+        parts = averaged_parts(params, frozen_parts)
+        averages = {profile.name: jax.tree.map(jnp.copy, parts) for profile in kept}
+        return TrainState(jnp.int32(0), params, ema, optimizer.init(params), averages=averages)
 
     def latents_of(frozen: Any, batch: Batch, keys: Array) -> Array:
         moments = batch.get("moments")
@@ -92,18 +97,28 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
                 variables = {"params": params["denoiser"]}
                 return denoiser.apply(variables, x_t, t, cond, train=True, rngs=rngs)
 
+            log_variance = params["log_variance"]["values"] if learns_variance else 0.0
+            objective = builders.build_objective(config, process, log_variance)
             per_example, aux = objective(predict, z, random.fold_in(keys, 2))
-            return per_example.mean(), (per_example, aux)
+            return per_example.mean(), aux
 
-        (loss, (per_example, aux)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = {"denoiser": params["denoiser"]}
         ema = ema_update(state.ema_params, averaged, state.step + 1, config.ema_decay)
-        new = TrainState(state.step + 1, params, ema, opt_state)
-        quartiles = quartile_means(per_example, aux["t"], config.diffusion.steps)
-        quartiles = {f"loss_{name}": value for name, value in quartiles.items()}
-        return new, {"loss": loss, **quartiles, **shared_metrics(rate, state.step, grads)}
+        parts = averaged_parts(params, frozen_parts)
+        averages = {
+            profile.name: profile.update(state.averages[profile.name], parts, state.step + 1)
+            for profile in kept
+        }
+        new = TrainState(state.step + 1, params, ema, opt_state, averages=averages)
+        measured = {"loss_simple": aux["loss_simple"].mean()}
+        if learns_variance:
+            measured["log_variance"] = aux["log_variance"].mean()
+        quartiles = quartile_means(aux["loss_simple"], aux["t"], process.steps)
+        measured |= {f"loss_{name}": value for name, value in quartiles.items()}
+        return new, {"loss": loss, **measured, **shared_metrics(rate, state.step, grads)}
 
     return init, step
 

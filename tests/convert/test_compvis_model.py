@@ -47,7 +47,7 @@ def test_what_the_original_cannot_build_is_refused(name):
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        (dict(first_stage=VQ, denoiser=UNET, diffusion=dict(predict="v")), "no v-prediction"),
+        (dict(first_stage=VQ, denoiser=UNET, diffusion=dict(predict="v")), "predict='v'"),
         (dict(first_stage=VQ | dict(patch=2), denoiser=UNET), "patch is 2"),
         (dict(first_stage=VQ | dict(kind="fsq", levels=(5, 5, 5)), denoiser=UNET), "kind 'fsq'"),
     ],

@@ -1,4 +1,4 @@
-"""The UNet against the original code, and the promises of the denoiser contract."""
+"""The UNet against the original code, and what it refuses; test_contract.py has the rest."""
 
 import dataclasses
 import functools
@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from golden_utils import load, quick_jit
 
 from ldm_jax.convert import compvis
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.errors import UserError
 from ldm_jax.types import Condition
+
+from .helpers import normal
 
 FIXTURES = [
     "unet_uncond",
@@ -50,10 +52,6 @@ FIELDS = {
 TINY = UNet(width=32, out_channels=3, mult=(1,), depth=1, attn_downsample=(1,), head_dim=32)
 TINY_CROSS = dataclasses.replace(TINY, cross_attention=True)
 T = np.array([3, 700])
-
-
-def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
 X = normal(0, 2, 8, 8, 3)
@@ -93,17 +91,6 @@ def evaluate(net, params, x, t, cond, cotangent):
         return (out * cotangent).sum(), (out, state["intermediates"])
 
     return jax.grad(scalar, argnums=(0, 1), has_aux=True)(params, x)
-
-
-def randomised(net, x, cond):
-    """Params of the net with nothing left at zero, so that the output depends on all of it."""
-    shapes = jax.eval_shape(net.init, jax.random.key(0), x, T, cond)["params"]
-    rng, flat = np.random.RandomState(0), flatten_dict(shapes)
-    for path, shape in flat.items():
-        spread = 1 / np.sqrt(np.prod(shape.shape[:-1])) if path[-1] == "kernel" else 0.1
-        value = spread * rng.standard_normal(shape.shape) + (path[-1] == "scale")
-        flat[path] = value.astype(shape.dtype)
-    return unflatten_dict(flat)
 
 
 @pytest.mark.parametrize(
@@ -164,41 +151,6 @@ def params_at(params, layer):
     return params
 
 
-def test_context_mask_equals_a_shorter_context():
-    context, keep = normal(1, 2, 6, 8), np.tile(np.arange(6) < 4, (2, 1))
-    params = randomised(TINY_CROSS, X, Condition(context=context))
-    apply = quick_jit(lambda cond: TINY_CROSS.apply({"params": params}, X, T, cond))
-    full = apply(Condition(context=context, context_mask=np.ones_like(keep)))
-    masked = apply(Condition(context=context, context_mask=keep))
-    short = apply(Condition(context=context[:, :4]))
-    np.testing.assert_allclose(masked, short, atol=2e-5)
-    assert np.abs(full - short).max() > 1e-2
-
-
-def test_bfloat16_keeps_params_and_output_in_float32():
-    net = dataclasses.replace(TINY, dtype=jnp.bfloat16)
-    params = randomised(net, X, Condition())
-    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    low = quick_jit(net.apply)({"params": params}, X, T, Condition())
-    full = quick_jit(TINY.apply)({"params": params}, X, T, Condition())
-    assert low.dtype == jnp.float32
-    assert 0 < np.sqrt(np.mean((low - full) ** 2)) < 0.05 * np.sqrt(np.mean(full**2))
-
-
-def test_remat_changes_no_parameter_and_no_gradient():
-    cond = Condition(context=normal(2, 2, 3, 8))
-    plain = dataclasses.replace(TINY_CROSS, attn_downsample=(), dropout=0.1)
-    params = randomised(plain, X, cond)
-
-    def loss(params, net):
-        rngs = {"dropout": jax.random.key(1)}
-        return jnp.square(net.apply({"params": params}, X, T, cond, train=True, rngs=rngs)).sum()
-
-    gradient = quick_jit(jax.grad(loss), static_argnums=1)
-    want, got = (gradient(params, dataclasses.replace(plain, remat=r)) for r in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), want, got)
-
-
 @pytest.mark.parametrize(
     ("net", "shape", "cond", "message"),
     [
@@ -214,14 +166,3 @@ def test_remat_changes_no_parameter_and_no_gradient():
 def test_input_that_does_not_fit_is_refused(net, shape, cond, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(net.init, jax.random.key(0), jnp.zeros(shape), jnp.zeros(2), cond)
-
-
-def test_times_may_be_fractions():
-    # This narrow net has groups of one channel: what is added before them is normalised away.
-    net = dataclasses.replace(TINY, attn_downsample=(), scale_shift=True)
-    params = randomised(net, X, Condition())
-    apply = quick_jit(lambda t: net.apply({"params": params}, X[:1].repeat(3, 0), t, Condition()))
-    low, middle, high = apply(np.array([10.0, 10.5, 11.0], np.float32))
-    assert np.abs(middle - low).max() > 0
-    difference = np.abs(high - low).max()
-    np.testing.assert_allclose(middle, (low + high) / 2, atol=0.2 * difference)

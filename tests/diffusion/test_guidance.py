@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import random
-from ldm_jax.diffusion.guidance import drop, make_denoise
+from ldm_jax.diffusion.guidance import Guidance, drop, make_denoise
 from ldm_jax.diffusion.schedule import Level, make_schedule
 from ldm_jax.errors import UserError
 from ldm_jax.types import Condition
@@ -124,3 +124,57 @@ def test_drop_nothing_or_everything(rate, value):
     out = drop(full_condition(1.0, 50), full_condition(0.0, 50), keys, rate)
     np.testing.assert_array_equal(out.concat, jnp.full((50, 2, 2, 1), value))
     assert out.context_mask.dtype == bool
+
+
+# The networks below return the condition times x_t, so that outputs differ within an image.
+
+WIDE = jnp.array([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]])
+
+
+def scaled_by_condition(x_t, t, cond):
+    return x_t * cond.vector
+
+
+def test_two_calls_are_the_doubled_batch():
+    made = [
+        make_denoise(scaled_by_condition, "v", COND, NULL, 3.0, two_calls=two)(WIDE, LEVEL).x0
+        for two in (False, True)
+    ]
+    np.testing.assert_array_equal(*made)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rescaling_moves_the_spread_of_each_image_to_the_conditional_one(share):
+    guided, cond, rescaled = (
+        make_denoise(scaled_by_condition, "eps", COND, null, guidance)(WIDE, LEVEL).eps
+        for null, guidance in [(NULL, 3.0), (None, 1.0), (NULL, Guidance(3.0, share))]
+    )
+    expected = share * cond.std(1) + (1 - share) * guided.std(1)
+    # Guided outputs are negative multiples here: the spread is what is compared. float32 rounding
+    np.testing.assert_allclose(rescaled.std(1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("t, inside", [(1.0, False), (2.0, True), (5.0, True), (6.0, False)])
+def test_guidance_is_off_outside_its_interval(t, inside):
+    level = Level(jnp.float32(t), jnp.float32(0.8), jnp.float32(0.6))
+    denoise = make_denoise(
+        scaled_by_condition, "eps", COND, NULL, Guidance(3.0, interval=(2.0, 5.0))
+    )
+    scale = 3.0 if inside else 1.0
+    expected = make_denoise(scaled_by_condition, "eps", COND, NULL, scale)(WIDE, level)
+    np.testing.assert_allclose(jax.jit(denoise)(WIDE, level).eps, expected.eps, rtol=1e-6)
+
+
+def test_outside_the_interval_a_step_costs_half():
+    """The compiled program runs one of two branches, of which one has the single batch."""
+    level = Level(jnp.float32(1.0), jnp.float32(0.8), jnp.float32(0.6))
+    sizes = []
+
+    def apply(x_t, t, cond):
+        jax.debug.callback(lambda x: sizes.append(len(x)), x_t)
+        return scaled_by_condition(x_t, t, cond)
+
+    guidance = Guidance(3.0, interval=(2.0, 5.0))
+    jax.block_until_ready(make_denoise(apply, "eps", COND, NULL, guidance)(WIDE, level).eps)
+    jax.effects_barrier()
+    assert sizes == [2]

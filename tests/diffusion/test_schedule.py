@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from golden_utils import load
 
+from ldm_jax.diffusion.continuous import Flow, LogSNR
 from ldm_jax.diffusion.schedule import at, make_schedule, posterior, vlb_weights
 from ldm_jax.errors import UserError
 
@@ -126,3 +127,32 @@ def test_lookup_appends_axes_and_never_clamps():
 def test_bad_schedules(arguments, message):
     with pytest.raises(UserError, match=message):
         make_schedule(*arguments)
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "cosine"])
+def test_zero_terminal_snr_keeps_the_first_level_and_ends_in_pure_noise(kind):
+    before, after = (make_schedule(kind, steps=50, zero_terminal_snr=zero) for zero in (0, 1))
+    assert after.alpha_bar[0] == before.alpha_bar[0] and after.alpha_bar[-1] == 0
+    assert after.alpha[-1] == 0 and after.sigma[-1] == 1 and after.betas[-1] == 1
+    assert (np.diff(after.alpha_bar) < 0).all()
+    np.testing.assert_allclose(np.cumprod(1 - after.betas), after.alpha_bar, rtol=1e-9)
+    # Affine in alpha: the differences keep their proportions.
+    steps = [np.diff(np.sqrt(schedule.alpha_bar)) for schedule in (before, after)]
+    np.testing.assert_allclose(steps[1] / steps[0], steps[1][5] / steps[0][5], rtol=1e-9)
+    process = posterior(after)
+    assert all(np.isfinite(values).all() for values in process)
+    assert np.isfinite(vlb_weights(after, "v")).all()
+    with pytest.raises(UserError, match="at least 2"):
+        make_schedule(kind, steps=1, zero_terminal_snr=True)
+
+
+@pytest.mark.parametrize("make", [lambda: Flow(1), lambda: LogSNR(steps=1)])
+def test_a_clock_needs_two_steps(make):
+    with pytest.raises(UserError, match="at least 2 steps"):
+        make()
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (2.0, 1.0), (1.0, float("inf"))])
+def test_bad_ends_of_log_snr(ends):
+    with pytest.raises(UserError, match="0 < first < last"):
+        LogSNR(ends)

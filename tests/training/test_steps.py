@@ -91,3 +91,42 @@ def test_bfloat16_keeps_float32_weights_and_loss():
         jax.eval_shape(init, jax.random.key(0)), FROZEN, BATCH, jax.random.key(1)
     ))  # fmt: skip
     assert "bf16" in text
+
+
+OBJECTIVES = {
+    "flow": dict(schedule="flow", predict="flow", times="logit_normal", learn_log_variance=True),
+    "edm": dict(schedule="log_snr", predict="edm", sigma_data=0.5, times="log_normal"),
+    "zero_snr": dict(zero_terminal_snr=True, predict="v", weighting="min_snr", loss="huber"),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_every_kind_of_objective_trains(kind):
+    config = tiny_config()
+    config.diffusion.update(OBJECTIVES[kind])
+    init, step = diffusion_functions(config_lib.check(config))
+    state, metrics = jax.jit(init)(jax.random.key(0)), {}
+    run, seen = jax.jit(step), []
+    for _ in range(12):
+        state, metrics = run(state, FROZEN, BATCH, jax.random.key(1))
+        seen.append(float(metrics["loss_simple"]))
+    assert np.isfinite(seen).all() and np.mean(seen[-4:]) < np.mean(seen[:4])
+    quartiles = np.array([metrics[f"loss_q{q}"] for q in range(4)])
+    assert np.isfinite(quartiles).any()
+    if kind == "flow":
+        assert set(state.ema_params) == {"denoiser"}
+        values = state.params["log_variance"]["values"]
+        assert (np.asarray(values) != 0).all() and np.isfinite(metrics["log_variance"])
+        assert metrics["loss"] != metrics["loss_simple"]
+    else:
+        assert "log_variance" not in state.params
+
+
+def test_quartiles_are_means_of_the_plain_error():
+    init, step = diffusion_functions(config_lib.check(tiny_config()))
+    state = jax.jit(init)(jax.random.key(0))
+    _, metrics = jax.jit(step)(state, FROZEN, BATCH, jax.random.key(1))
+    quartiles = np.array([metrics[f"loss_q{q}"] for q in range(4)])
+    # The first output is zero: every example's error is that of its noise, near 1.
+    assert (np.isnan(quartiles) | (np.abs(quartiles - 1) < 0.4)).all()
+    assert metrics["loss"] == metrics["loss_simple"]

@@ -1,0 +1,40 @@
+"""Settings of guidance, as a user gives them."""
+
+import pytest
+
+from ldm_jax import config as config_lib
+from ldm_jax.arguments import make_guidance
+from ldm_jax.diffusion.guidance import Guidance
+from ldm_jax.errors import UserError
+
+
+def config(conditioners=("label",)):
+    c = config_lib.get_config()
+    c.conditioners = conditioners
+    return c
+
+
+def test_what_is_off_is_compiled_away():
+    assert make_guidance(config(), 3.0, 0.0, (0.0, 1.0), False) == Guidance(3.0, None, None)
+
+
+def test_an_interval_becomes_times():
+    found = make_guidance(config(), 3.0, 0.7, (0.25, 0.75), True)
+    assert found == Guidance(3.0, 0.7, (250.0, 750.0))
+
+
+@pytest.mark.parametrize(
+    "conditioners, given, said",
+    [
+        ((), (2.0, 0.0, (0.0, 1.0), False), r"guidance_scale is 2.0, .* no null condition"),
+        (("label",), (2.0, 1.5, (0.0, 1.0), False), r"guidance_rescale is 1.5, .* from 0 to 1"),
+        (("label",), (2.0, 0.0, (0.5, 0.5), False), r"guidance_interval is 0.5,0.5"),
+        (("label",), (2.0, 0.0, (0.0, float("nan")), False), r"guidance_interval is 0,nan"),
+        (("label",), (1.0, 0.0, (0.0, 1.0), True), r"a negative condition needs a guidance_scale"),
+        (("label",), (1.0, 0.5, (0.0, 1.0), False), r"guidance_rescale needs a guidance_scale"),
+        (("label",), (1.0, 0.0, (0.0, 0.5), False), r"guidance_interval needs a guidance_scale"),
+    ],
+)
+def test_senseless_settings_are_refused(conditioners, given, said):
+    with pytest.raises(UserError, match=said):
+        make_guidance(config(conditioners), *given)
