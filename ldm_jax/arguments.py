@@ -82,6 +82,8 @@ def make_guidance(
     Raises:
         UserError: a setting outside its range, or without what it needs.
     """
+    if not math.isfinite(scale):
+        raise UserError(f"guidance_scale is {scale}, but must be a number")
     if scale != 1 and not config_lib.has_null(config):
         raise UserError(
             f"guidance_scale is {scale}, but this model has no null condition to guide away from: "
@@ -89,10 +91,11 @@ def make_guidance(
         )
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance_rescale is {rescale}, but must be from 0 to 1")
-    low, high = interval
+    low, high = interval if len(interval) == 2 else (1, 0)
     if not 0 <= low < high <= 1:
+        given = ",".join(f"{x:g}" for x in interval)
         raise UserError(
-            f"guidance_interval is {low:g},{high:g}, but must be two numbers 0 <= low < high <= 1"
+            f"guidance_interval is {given}, but must be two numbers 0 <= low < high <= 1"
         )
     whole = (low, high) == (0, 1)
     for name, used in (

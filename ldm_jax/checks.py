@@ -51,7 +51,7 @@ _AT_LEAST_ZERO = {
     "perceptual_weight",
 }
 _SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta", "lr_start", "lr_end"}
-_SHARES |= {"decay", "reset"}
+_SHARES |= {"decay", "reset", "guidance_rescale"}
 # Far above what any model has; anything larger is a mistake that would take all time or memory.
 MOST_LEVELS = 10
 MOST_BLOCKS = 500
@@ -62,7 +62,7 @@ _AT_MOST |= dict.fromkeys(("width", "channels", "z_channels", "norm_groups"), 2*
 _AT_MOST |= dict.fromkeys(("heads", "num_heads", "head_dim", "length", "resolution"), 2**16)
 _AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), MOST_CODES)
 _AT_MOST |= {"diffusion.steps": 10**6}
-_PAIRS = {"betas", "beta", "ratios", "p2"}
+_PAIRS = {"betas", "beta", "ratios", "p2", "guidance_interval"}
 _ABOVE_ZERO = {"sigma_data", "huber_delta", "snr_gamma", "times_std", "times_shift"}
 _FLOATS = _PAIRS | {"stds", "decays"}
 # Standard deviation of a uniform distribution over [0, 1], the flattest of the averages' profiles.
@@ -72,6 +72,18 @@ _NAMES = {"fields", "conditioners", "metrics"}
 DRAWN = ("low_res", "noise_level", "masked_image", "mask")
 PLACED = ("boxes", "segmentation")
 METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
+SAMPLERS = (
+    "ddim",
+    "ddpm",
+    "plms",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "flow_heun",
+    "deis",
+    "unipc",
+)
+SAMPLERS += ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde")
 CHOICES = {
     "data.crop": ("center", "random"),
     "data.low_res.degradation": ("bicubic", "bsr"),
@@ -98,7 +110,7 @@ CHOICES = {
     "diffusion.loss": ("l2", "l1", "huber"),
     "diffusion.weighting": ("simple", "min_snr", "soft_min_snr", "p2", "edm", "vlb"),
     "diffusion.times": ("uniform", "logit_normal", "log_normal"),
-    "sample.sampler": ("ddim", "ddpm", "plms", "dpmpp_2m", "dpmpp_3m", "euler", "heun"),
+    "sample.sampler": SAMPLERS,
     "sample.spacing": SPACINGS,
 }
 

@@ -197,7 +197,10 @@ def low_res_figures(context: Context, samples: np.ndarray, other: np.ndarray) ->
     cubic = Image.Resampling.BICUBIC
     enlarged = np.stack([np.asarray(Image.fromarray(x).resize(size[::-1], cubic)) for x in small])
     found = against(measured, samples, other, bicubic=enlarged)
-    return found | against(reduced, samples, other, bicubic=enlarged, real=real)
+    # Reduced by the same method the real images are their small ones: that is no reference.
+    known = context.config.data.low_res.degradation == "bicubic"
+    references = {"bicubic": enlarged} | ({} if known else {"real": real})
+    return found | against(reduced, samples, other, **references)
 
 
 def inpainting_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.layout import Box, decode_layout, slots
+from ldm_jax.errors import UserError
 from ldm_jax.held_out import Examples
 from ldm_jax.metrics import consistency
 from ldm_jax.metrics import judge_networks as networks
@@ -155,6 +156,7 @@ def _fit_classes(
         seen = networks.augment(batch["image"], key, **draws)
         return networks.class_loss(network.apply({"params": params}, seen), batch["class"])
 
+    _check_count(kind, out)
     arrays = {"image": images[~out], "class": classes[~out]}
     size = {"batch_size": _BATCH_SIZE[kind]} if kind in _BATCH_SIZE else {}
     params = networks.fit(loss, _start(network, images[:1]), arrays, steps=STEPS[kind], **size)
@@ -167,6 +169,14 @@ def _start(network: Any, *arrays: np.ndarray) -> Any:
     return jax.jit(network.init)(jax.random.key(0), *(jnp.asarray(x, jnp.float32) for x in arrays))[
         "params"
     ]
+
+
+def _check_count(kind: str, out: np.ndarray) -> None:
+    if not out.any() or out.all():
+        raise UserError(
+            f"the data have too few images to fit a judge ({kind}) and to try it: it takes some "
+            "hundreds (config.data.split, or --source)"
+        )
 
 
 def _held_out(count: int) -> np.ndarray:
@@ -216,6 +226,7 @@ def fit_text(examples: Examples, config: ConfigDict) -> Judge:
     """How alike an image and a caption are, by its words."""
     images, texts = judged_size(examples.images), examples.captions
     out = _held_out(len(images))
+    _check_count("text", out)
     fitted = [text for text, left in zip(texts, out, strict=True) if not left]
     counts = Counter(word for text in fitted for word in sorted(set(split_words(text))))
     words = [word for word, _ in counts.most_common(_WORDS)]

@@ -15,6 +15,7 @@ from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.order import epoch_order
 from ldm_jax.data.pipeline import epoch_batches
 from ldm_jax.data.sources import Source, open_source
+from ldm_jax.data.table import split_rows
 from ldm_jax.data.task_fields import passed_on
 from ldm_jax.preflight import open_data
 from ldm_jax.training.latents import task_transform
@@ -98,13 +99,28 @@ def read_examples(
 
 
 def count_trained(config: ConfigDict, names: Sequence[str], split: str) -> int:
-    """How many examples of a split of the config's data, of these names, are trained on too."""
+    """How many examples of a split of the config's data, of these names, are trained on too.
+
+    Of tfds, whose examples are named by their place in the split, all count unless the splits share
+    none for certain.
+    """
     data = config.data
-    if data.source.startswith("tfds:"):  # whose examples are named by their place in the split
-        return len(names) if split == data.split else 0
+    if data.source.startswith("tfds:"):
+        return 0 if _disjoint(split, data.split) else len(names)
     source = open_source(data.source, split=data.split, where=data.where, label="")
     trained = {source.name(i) for i in range(len(source))}
     return sum(name in trained for name in names)
+
+
+def _disjoint(a: str, b: str) -> bool:
+    """Whether two splits share no example: other names, or slices in percent that do not meet."""
+    if a.partition("[")[0] != b.partition("[")[0]:
+        return True
+    if not ("%" in a and "%" in b):
+        return False
+    name, places = a.partition("[")[0], [str(i) for i in range(100)]
+    rows = (set(split_rows(places, [name] * 100, split, "the set")) for split in (a, b))
+    return not set.intersection(*rows)
 
 
 def _first(captions: Sequence[str]) -> tuple[np.ndarray, list[str]]:

@@ -143,13 +143,11 @@ class Pipeline:
         s = self.config.sample
         choose = lambda value, default: default if value is None else value  # noqa: E731
         sampler = choose(sampler, s.sampler)
-        guidance = arguments.make_guidance(
-            self.config,
-            choose(guidance_scale, s.guidance_scale),
-            choose(guidance_rescale, s.guidance_rescale),
-            choose(guidance_interval, s.guidance_interval),
-            negative is not None,
-        )
+        scale = choose(guidance_scale, s.guidance_scale)
+        # Without guidance what the config says of it is off, and what the caller says is refused.
+        others = (0.0, (0.0, 1.0)) if scale == 1 else (s.guidance_rescale, s.guidance_interval)
+        given = map(choose, (guidance_rescale, guidance_interval), others)
+        guidance = arguments.make_guidance(self.config, scale, *given, negative is not None)
         if strength != 1 and init_image is None:
             raise UserError(f"strength is {strength:g}, but there is no init_image to start from")
         if tuple(resample) != (1, 1) and image is None:
@@ -177,6 +175,11 @@ class Pipeline:
         }
         grey = check_rows("grey", grey, (len(seeds), *size))
         hole = check_rows("hole", hole, (len(seeds), *size))
+        hole = None if hole is None else hole.astype(bool)
+        if hole is not None and hole.all((1, 2)).any():
+            raise UserError(
+                "a hole that is the whole image keeps nothing: leave image and hole away"
+            )
         condition = conditions.noise_low_res(self.config, condition or {}, noise_level, seeds, size)
         if image is not None and "inpainting" in self.config.conditioners:
             condition |= conditions.inpainting_fields(arrays["image"], hole)

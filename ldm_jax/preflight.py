@@ -91,7 +91,8 @@ def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
             f"config.sample.guidance_scale is {s.guidance_scale}, but there is no null condition: "
             "use 1, or a conditioner with one"
         )
-    make_guidance(config, s.guidance_scale, s.guidance_rescale, s.guidance_interval, False)
+    if s.guidance_scale != 1:
+        make_guidance(config, s.guidance_scale, s.guidance_rescale, s.guidance_interval, False)
     jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
 
 

@@ -29,7 +29,7 @@ _SAMPLER = flags.DEFINE_string(
 _STEPS = flags.DEFINE_integer("steps", None, "Sampling steps per image.")
 _ETA = flags.DEFINE_float("eta", None, "Of ddim: 0 = deterministic to 1 = ancestral noise.")
 _SPACING = flags.DEFINE_string(
-    "spacing", None, "Noise levels visited: leading, uniform, quad, linspace, trailing, karras."
+    "spacing", None, "Noise levels visited: leading, linspace, trailing, karras, log_snr, ..."
 )
 _SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
 _RESCALE = flags.DEFINE_float(
@@ -70,10 +70,12 @@ def main() -> None:
         "steps": defaults.steps if _STEPS.value is None else _STEPS.value,
         "eta": nearest_eta(sampler, defaults.eta) if _ETA.value is None else _ETA.value,
         "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
-        "guidance_rescale": defaults.guidance_rescale if _RESCALE.value is None else _RESCALE.value,
-        "guidance_interval": _interval(defaults.guidance_interval),
         "spacing": defaults.spacing if _SPACING.value is None else _SPACING.value,
     }
+    if _RESCALE.value is not None:
+        settings["guidance_rescale"] = _RESCALE.value
+    if _INTERVAL.value is not None:
+        settings["guidance_interval"] = _interval(_INTERVAL.value)
     condition = inputs["condition"] or {}
     shown = {name: _plain(value) for name, value in condition.items() if name in READABLE}
     out = pathlib.Path(
@@ -102,13 +104,11 @@ def main() -> None:
     print(f"{len(seeds)} images of step {pipe.step} in {out}")
 
 
-def _interval(default: tuple[float, float]) -> tuple[float, ...]:
-    if _INTERVAL.value is None:
-        return tuple(default)
+def _interval(values: list[str]) -> tuple[float, float]:
     try:
-        low, high = (float(value) for value in _INTERVAL.value)
+        low, high = (float(value) for value in values)
     except ValueError:
-        given = ",".join(_INTERVAL.value)
+        given = ",".join(values)
         raise UserError(f"--guidance_interval={given} must be two numbers, 0.2,0.8") from None
     return low, high
 

@@ -30,6 +30,8 @@ def test_an_interval_becomes_times():
         (("label",), (2.0, 1.5, (0.0, 1.0), False), r"guidance_rescale is 1.5, .* from 0 to 1"),
         (("label",), (2.0, 0.0, (0.5, 0.5), False), r"guidance_interval is 0.5,0.5"),
         (("label",), (2.0, 0.0, (0.0, float("nan")), False), r"guidance_interval is 0,nan"),
+        (("label",), (2.0, 0.0, (0.0, 0.5, 1.0), False), r"guidance_interval is 0,0.5,1, .* two"),
+        (("label",), (float("nan"), 0.0, (0.0, 1.0), False), r"guidance_scale is nan"),
         (("label",), (1.0, 0.0, (0.0, 1.0), True), r"a negative condition needs a guidance_scale"),
         (("label",), (1.0, 0.5, (0.0, 1.0), False), r"guidance_rescale needs a guidance_scale"),
         (("label",), (1.0, 0.0, (0.0, 0.5), False), r"guidance_interval needs a guidance_scale"),

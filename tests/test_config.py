@@ -11,8 +11,8 @@ from ldm_jax.denoisers import dit
 from ldm_jax.diffusion import times
 from ldm_jax.diffusion.objective import LOSSES
 from ldm_jax.diffusion.parameterization import PARAMETERIZATIONS
+from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.schedule import BETAS
-from ldm_jax.diffusion.solvers import SAMPLERS
 from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.diffusion.weighting import WEIGHTINGS
 from ldm_jax.errors import UserError

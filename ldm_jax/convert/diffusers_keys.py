@@ -133,7 +133,8 @@ SCHEDULERS = {
     "ddim": ("DDIMScheduler",),
     "ddpm": ("DDPMScheduler",),
     "plms": ("PNDMScheduler",),
-    "euler": ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler"),
+    "euler": ("EulerDiscreteScheduler", "LMSDiscreteScheduler"),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler",),
     "heun": ("HeunDiscreteScheduler",),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
 }

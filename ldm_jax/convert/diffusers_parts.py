@@ -96,7 +96,12 @@ def write_scheduler(config: ConfigDict) -> dict[str, Any]:
             f"config.diffusion.{key}={d[key]!r} cannot be exported to diffusers: export to another "
             "format"
         )
-    sampler = s.sampler.replace("dpmpp_3m", "dpmpp_2m")
+    sampler = s.sampler.removesuffix("_sde").replace("dpmpp_3m", "dpmpp_2m")
+    if sampler not in SCHEDULERS or s.spacing in ("quad", "log_snr"):
+        key = "spacing" if sampler in SCHEDULERS else "sampler"
+        raise UserError(
+            f"config.sample.{key}='{s[key]}' cannot be exported to diffusers: choose another"
+        )
     given = dict(
         _class_name=SCHEDULERS[sampler][0],
         num_train_timesteps=d.steps,
@@ -119,7 +124,9 @@ def write_scheduler(config: ConfigDict) -> dict[str, Any]:
     if sampler == "plms":
         given["skip_prk_steps"] = True
     if sampler == "dpmpp_2m":
-        given["solver_order"] = 3 if s.sampler == "dpmpp_3m" else 2
+        given["solver_order"] = 3 if s.sampler.startswith("dpmpp_3m") else 2
+        if s.sampler.endswith("_sde"):
+            given["algorithm_type"] = "sde-dpmsolver++"
     return given
 
 

@@ -148,4 +148,6 @@ def _error(difference: Array, loss: str, huber_delta: float) -> Array:
         return jnp.square(difference)
     if loss == "l1":
         return jnp.abs(difference)
-    return 2 * huber_delta * (jnp.sqrt(difference**2 + huber_delta**2) - huber_delta)
+    # The usual difference of a root and delta would cancel where errors are small.
+    squared = jnp.square(difference)
+    return 2 * huber_delta * squared / (jnp.sqrt(squared + huber_delta**2) + huber_delta)

@@ -66,8 +66,10 @@ def resample(table: Table, grid: Grid, times: int, length: int = 1) -> Table:
     steps, back = visit_order(count, times, length)
     reached = np.minimum(steps + 1, count - 1)  # the level after the step; unused for the last
     noisier = reached - back
-    forward = grid.alpha[noisier] / grid.alpha[reached]
-    added = grid.sigma[noisier] ** 2 - (forward * grid.sigma[reached]) ** 2
+    again = back > 0
+    ones = np.ones(len(steps))
+    forward = np.divide(grid.alpha[noisier], grid.alpha[reached], out=ones, where=again)
+    added = np.where(again, grid.sigma[noisier] ** 2 - (forward * grid.sigma[reached]) ** 2, 0.0)
     rows = {name: column[steps] for name, column in table.rows.items()}
     rows["forward"] = forward.astype(np.float32)
     rows["renoise"] = np.sqrt(np.maximum(added, 0)).astype(np.float32)

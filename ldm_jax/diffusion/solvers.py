@@ -252,9 +252,7 @@ def flow_heun_table(process: Process, grid: Grid, eta: float) -> Table:
     change = (levels_after(grid)[1] - grid.sigma)[step]
     called = grid.at(step + corrector)
     weights = means * change[:, None]
-    return make_rows(
-        called, grid.sigma[0], x=np.ones(len(step)), weights=weights, corrector=corrector
-    )
+    return make_rows(called, x=np.ones(len(step)), weights=weights, corrector=corrector)
 
 
 def steps_in_eps(

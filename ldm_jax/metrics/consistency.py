@@ -95,12 +95,12 @@ def retrieval(
         captions: (M, D) embeddings; likeness is the product with that of an image.
         texts: the M captions. Another caption of the same words is no wrong answer.
         target: (N,) the place of each image's right caption.
-        among: how many candidates: the right caption and those after it, in turn.
+        among: how many candidates: the right caption and others after it, in turn.
     """
     scores, right = images @ captions.T, 0
     for row, place in enumerate(target.tolist()):
-        others = [(place + i) % len(texts) for i in range(1, among)]
-        others = [i for i in others if texts[i] != texts[place]]
+        later = ((place + i) % len(texts) for i in range(1, len(texts)))
+        others = [i for i in later if texts[i] != texts[place]][: among - 1]
         right += bool(np.all(scores[row, place] > scores[row, others]))
     return right / len(target)
 

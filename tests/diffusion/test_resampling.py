@@ -104,7 +104,9 @@ def test_noise_for_going_back_is_a_stream_of_its_own():
     assert np.abs(np.corrcoef(flat) - np.eye(20)).max() < 0.6
 
 
-@pytest.mark.parametrize("name", [name for name, s in SAMPLERS.items() if s.multistep])
+@pytest.mark.parametrize(
+    "name", [name for name, s in SAMPLERS.items() if s.multistep and name != "flow_heun"]
+)
 def test_multistep_samplers_cannot_go_back(name):
     with pytest.raises(UserError, match=f"'{name}' .* resample with one of ddim, ddpm, euler"):
         make_table(name, SCHEDULE, 10, spacing="trailing", resampling=(2, 1))

@@ -16,6 +16,7 @@ from ldm_jax.diffusion.schedule import make_schedule
 from ldm_jax.training.sharding import batch_sharding, make_mesh
 from ldm_jax.types import Prediction
 
+ANYWHERE = tuple(name for name in SAMPLERS if name != "flow_heun")  # whatever the process
 DDIM = SAMPLERS["ddim"]
 SHORT = make_schedule(steps=28, beta=(0.05, 0.6))  # few time steps, yet nearly pure noise
 
@@ -52,7 +53,7 @@ def test_known_parts_with_an_empty_mask_change_nothing():
         np.testing.assert_allclose(run(x_T, keys, known), run(x_T, keys), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_known_parts_are_noised_to_the_level_of_each_step(name):
     """The network sees x0 with the noise of its level, but in the middle of a step."""
     table, sampler = make_table(name, SHORT, 5), SAMPLERS[name]
@@ -142,7 +143,7 @@ def test_given_noise_replaces_the_draws():
     )
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_the_network_is_traced_once_and_other_values_do_not_compile_again(name):
     schedule, calls = make_schedule(), []
     keys = random.example_keys(jax.random.key(0), 1)
