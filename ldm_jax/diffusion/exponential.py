@@ -39,8 +39,9 @@ def dpmpp_table(order: int) -> Callable[[Process, Grid, float], Table]:
 
     The order rises over the first steps. The last step, to sigma 0, is of first order; with fewer
     than 15 steps the one before it is of second order at most, for stability. With eta 1 it solves
-    the stochastic equation in place of the ODE, as k-diffusion's `sample_dpmpp_2m_sde` and
-    `_3m_sde` do: steps count twice their length, and fresh noise makes up for it.
+    the stochastic equation in place of the ODE, as k-diffusion's `sample_dpmpp_2m_sde` does, and
+    its `_3m_sde` but for the steps of second order: steps count twice their length, and fresh noise
+    makes up for it.
     """
 
     def table(process: Process, grid: Grid, eta: float) -> Table:
@@ -55,9 +56,7 @@ def dpmpp_table(order: int) -> Callable[[Process, Grid, float], Table]:
             gain = -np.expm1(-h)
             weights[i, 0] = gain
             if use == 2:
-                # Midpoint; of order 3 with noise, as there, the integral of the line.
-                share = np.expm1(-h) / h + 1 if order == 3 and eta > 0 else 0.5 * gain
-                slope = share * lengths[i] / lengths[i - 1]
+                slope = 0.5 * gain * lengths[i] / lengths[i - 1]
                 weights[i, :2] += slope, -slope
             if use == 3:
                 weights[i] += _third_order(h, *lengths[[i, i - 1, i - 2]])

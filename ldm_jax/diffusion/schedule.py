@@ -150,12 +150,12 @@ class Schedule:
         if t.dtype.kind == "i":
             return np.sqrt(self.alpha_bar[t]), np.sqrt(1 - self.alpha_bar[t])
         finite = np.isfinite(self.ratio)
-        ratio = np.interp(t, whole[finite], self.ratio[finite])
-        signal = np.interp(t, whole, 1 / self.ratio)
-        beyond = t > whole[finite][-1]
-        root = np.hypot(1, np.where(beyond, signal, ratio))
-        one, other = 1 / root, np.where(beyond, signal, ratio) / root
-        return np.where(beyond, other, one), np.where(beyond, one, other)
+        noise_to_signal = np.interp(t, whole[finite], self.ratio[finite])
+        signal_to_noise = np.interp(t, whole, 1 / self.ratio)
+        flipped = t > whole[finite][-1]
+        x = np.where(flipped, signal_to_noise, noise_to_signal)
+        below, above = 1 / np.hypot(1, x), x / np.hypot(1, x)  # of the fraction that x is
+        return np.where(flipped, above, below), np.where(flipped, below, above)
 
     def time_of(self, log_ratio: np.ndarray) -> np.ndarray:
         """The time step (N,) float64 whose log sigma / alpha is nearest to `log_ratio` (N,)."""

@@ -117,10 +117,9 @@ def ratio_grid(spacing: str, process: Process, steps: int) -> Grid:
     most, least = ends_sigma / ends_alpha
     ratio = RATIOS[spacing](most, least, steps - noise_first)
     t = process.time_of(np.log(ratio))
-    # A ratio has its own pair of factors in every process: those of the clock where it is exact,
-    # and those that preserve the variance between time steps.
-    alpha, sigma = 1 / np.hypot(1, ratio), ratio / np.hypot(1, ratio)
-    if not process.discrete:
+    if process.discrete:  # t is rounded, the level is not
+        alpha, sigma = 1 / np.hypot(1, ratio), ratio / np.hypot(1, ratio)
+    else:
         alpha, sigma = process.marginal(t)
     grid = Grid(t, alpha, sigma)
     if noise_first:
