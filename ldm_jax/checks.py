@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ldm_jax.checks_diffusion import CONTINUOUS, SPACINGS, check_diffusion
+from ldm_jax.checks_diffusion import CONTINUOUS, SAMPLERS, SPACINGS, check_diffusion
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 
@@ -72,18 +72,6 @@ _NAMES = {"fields", "conditioners", "metrics"}
 DRAWN = ("low_res", "noise_level", "masked_image", "mask")
 PLACED = ("boxes", "segmentation")
 METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
-SAMPLERS = (
-    "ddim",
-    "ddpm",
-    "plms",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "flow_heun",
-    "deis",
-    "unipc",
-)
-SAMPLERS += ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde")
 CHOICES = {
     "data.crop": ("center", "random"),
     "data.low_res.degradation": ("bicubic", "bsr"),

@@ -10,6 +10,8 @@ CONTINUOUS = ("flow", "log_snr")  # schedules
 CONTINUOUS_SPACINGS = ("leading", "linspace", "trailing", "karras", "log_snr")
 _COUNTED = ("leading", "uniform", "quad", "linspace", "linspace_open", "trailing")
 SPACINGS = (*_COUNTED, "karras", "log_snr")
+SAMPLERS = ("ddim", "ddpm", "plms", "euler", "euler_ancestral", "heun", "flow_heun")
+SAMPLERS += ("deis", "unipc", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde")
 
 
 def check_diffusion(c: ConfigDict) -> None:
