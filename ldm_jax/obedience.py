@@ -62,17 +62,14 @@ def evaluate_conditions(
     config, split = _data_config(pipe.config, request)
     held = read_examples(config, workdir, split, request.num_images or NUM_IMAGES)
     _check_count(config, held, split)
-    notes = []
-    if config.data.source == pipe.config.data.source:
-        trained_on = count_trained(pipe.config, held.names, split)
-    else:
-        trained_on = 0
-    if trained_on:
+    notes, own = [], config.data.source == pipe.config.data.source
+    seen = count_trained(config, held.names, split)  # by the judges; by the model, if it is its own
+    if own and seen:
         notes.append(
-            f"{trained_on} of the {len(held.names)} conditions are of training images: --split or "
+            f"{seen} of the {len(held.names)} conditions are of training images: --split or "
             "config.first_stage.eval.split may name a part that is held out"
         )
-    if count_trained(config, held.names, split):
+    if seen:
         notes.append(
             "judges are fitted to some of these real images: the figures of 'real' are no ceiling"
         )

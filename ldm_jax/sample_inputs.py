@@ -200,7 +200,7 @@ def _pixels(count: int, size: tuple[int, int], pictures: dict[str, np.ndarray]) 
     import numpy as np
 
     from ldm_jax.data import condition_files as read
-    from ldm_jax.diffusion.constraint import LUMA
+    from ldm_jax.metrics.consistency import grey_levels
 
     found: dict[str, Any] = {}
     repeat = lambda x: np.repeat(x[None], count, axis=0)  # noqa: E731
@@ -218,7 +218,7 @@ def _pixels(count: int, size: tuple[int, int], pictures: dict[str, np.ndarray]) 
         pictures["init_image"] = pixels
     if _COLORIZE.value:
         pixels = _fitted(read.read_image(_COLORIZE.value, size))
-        grey = np.clip(np.round(pixels @ np.float32(LUMA)), 0, 255).astype(np.uint8)
+        grey = grey_levels(pixels)
         found["grey"] = repeat(grey)
         pictures["grey"] = np.repeat(grey[..., None], 3, axis=-1)
     return found

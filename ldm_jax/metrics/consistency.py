@@ -125,7 +125,7 @@ def colourfulness(images: np.ndarray) -> np.ndarray:
 
 
 def grey_levels(images: np.ndarray) -> np.ndarray:
-    """The luma of (B, H, W, 3) uint8 as (B, H, W) uint8."""
+    """The luma of (..., 3) uint8 as (...) uint8."""
     return np.clip(np.round(images @ np.float32(LUMA)), 0, 255).astype(np.uint8)
 
 
