@@ -13,8 +13,9 @@ def get_config(arg=""):
     c = base.get_config()
     c.data.update(source="emoji", where="category=Smileys & Emotion", label="subcategory")
     c.data.update(fields=("label",), resolution=64, cache_latents=True)
+    c.denoiser.kind = "dit"
     base.use_small_model(c)
-    c.denoiser.update(kind="dit", width=192, depth=6, head_dim=32)
+    c.denoiser.update(width=192, depth=6, head_dim=32)
     c.denoiser.dit.update(patch=1, positions="rotary", mlp="swiglu", qk_norm=True)
     c.conditioners = ("label",)
     c.label.update(num_classes=16, width=192, slot="vector")

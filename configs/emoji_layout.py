@@ -11,10 +11,11 @@ def get_config(arg=""):
     c.data.update(source="scenes", fields=("boxes",), resolution=64, flip=False)
     c.data.split, c.first_stage.eval.split = "train[:90%]", "test"
     base.use_small_model(c)
-    c.first_stage.update(z_channels=16, channels=16, stats_images=2000)
-    c.first_stage.train.steps = 900
+    c.first_stage.stats_images = 2000
+    c.first_stage.train.steps = 400
     c.conditioners = ("layout",)
-    c.layout.update(vocab_size=401, width=128, depth=2, length=18, null=True)
+    # Corners on a grid of 11 x 11: with a finer one each would be seen too rarely in a short run.
+    c.layout.update(vocab_size=122, width=128, depth=2, length=18, null=True)
     c.denoiser.update(cross_attention=True, attn_downsample=(1, 2))
     c.train.update(steps=2000, picture_every=1000, checkpoint_every=500)
     c.ema_decay = 0.995

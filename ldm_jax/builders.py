@@ -16,6 +16,7 @@ from ldm_jax.conditioners.noise_level import NoiseLevel
 from ldm_jax.conditioners.segmentation import SpatialRescaler
 from ldm_jax.conditioners.sentence import SentenceEncoder
 from ldm_jax.conditioners.text import TextTransformer
+from ldm_jax.denoisers.classifier import NoisyClassifier
 from ldm_jax.denoisers.dit import DiT
 from ldm_jax.denoisers.unet import UNet
 from ldm_jax.diffusion.continuous import Flow, LogSNR
@@ -91,6 +92,22 @@ def build_denoiser(config: ConfigDict) -> nn.Module:
         conv_resample=c.conv_resample,
         split_qkv_first=c.split_qkv_first,
         **shared,
+    )
+
+
+def build_classifier(config: ConfigDict) -> NoisyClassifier:
+    """Returns the network (z_t, t) -> logits of the classes, whose gradient can guide sampling."""
+    c = config.classifier
+    return NoisyClassifier(
+        num_classes=config.label.num_classes,
+        width=c.width,
+        mult=tuple(c.mult),
+        depth=c.depth,
+        attn_downsample=tuple(c.attn_downsample),
+        head_dim=c.head_dim,
+        side=config_lib.latent_size(config),
+        dropout=c.dropout,
+        dtype=jnp.dtype(c.train.dtype),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldm_jax.checks_classifier import check_classifier
 from ldm_jax.checks_diffusion import CONTINUOUS, SAMPLERS, SPACINGS, check_diffusion
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
@@ -80,12 +81,6 @@ CHOICES = {
     "first_stage.loss": ("l1", "l2"),
     "first_stage.discriminator.loss": ("hinge", "vanilla"),
     "first_stage.codebook.rule": ("gradient", "ema"),
-    "first_stage.train.dtype": DTYPES,
-    "train.dtype": DTYPES,
-    "first_stage.train.optimizer": ("adamw", "muon"),
-    "train.optimizer": ("adamw", "muon"),
-    "first_stage.train.lr_decay": ("constant", "cosine", "linear"),
-    "train.lr_decay": ("constant", "cosine", "linear"),
     "label.slot": ("context", "vector"),
     "text.encoder": ("bert", "clip", "sentence"),
     "text.activation": ("gelu", "quick_gelu"),
@@ -101,6 +96,10 @@ CHOICES = {
     "sample.sampler": SAMPLERS,
     "sample.spacing": SPACINGS,
 }
+for _block in ("first_stage.train", "train", "classifier.train"):
+    CHOICES[f"{_block}.dtype"] = DTYPES
+    CHOICES[f"{_block}.optimizer"] = ("adamw", "muon")
+    CHOICES[f"{_block}.lr_decay"] = ("constant", "cosine", "linear")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -177,6 +176,7 @@ def check(config: ConfigDict) -> ConfigDict:
     for key, groups in (
         ("first_stage.width", flat["first_stage.norm_groups"]),
         ("denoiser.width", 32),
+        ("classifier.width", 32),
     ):
         if flat[key] % groups:
             raise UserError(f"config.{key} is {flat[key]}, but must be a multiple of {groups}")
@@ -205,6 +205,7 @@ def _check_tuples(flat: dict[str, Any]) -> None:
         if name == "mult" and (not value or min(value) < 1 or max(value) > 64):
             raise UserError(f"config.{key} is {tuple(value)}, but needs 1 to 64 per level")
     read = {field for name in flat["conditioners"] for field in FIELDS.get(name, ())}
+    read |= {"label"} if flat["classifier.train.steps"] > 0 else set()
     for field in flat["data.fields"]:
         if field not in read:
             raise UserError(f"config.data.fields has '{field}', but no conditioner reads it")
@@ -260,7 +261,7 @@ def _check_codes(c: ConfigDict) -> None:
 def _check_sizes(c: ConfigDict) -> None:
     """Checks the values that only make sense together."""
     _check_codes(c)
-    for name in ("first_stage", "denoiser"):
+    for name in ("first_stage", "denoiser", "classifier"):
         blocks = len(c[name].mult) * c[name].depth * c[name].get("transformer_depth", 1)
         if blocks > MOST_BLOCKS:
             raise UserError(
@@ -291,6 +292,7 @@ def _check_sizes(c: ConfigDict) -> None:
                     f"config.conditioners has '{name}': add '{field}' to config.data.fields too"
                 )
     _check_conditions(c)
+    check_classifier(c, size // f)
     _check_averages(c)
     if c.data.cache_latents and c.data.crop != "center":
         raise UserError("config.data.cache_latents needs config.data.crop='center'")

@@ -27,8 +27,9 @@ from ldm_jax.perceptual import Perceptual
 
 # figure -> {'samples': ..., 'shuffled': ..., reference: ...}
 Figures: TypeAlias = dict[str, dict[str, float]]
-# (images, rows of the examples whose conditions they are judged against) -> value by figure
-Measure: TypeAlias = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+# (what is seen of images, rows of the examples whose conditions they are judged against) -> value
+# by figure
+Measure: TypeAlias = Callable[[Any, np.ndarray], dict[str, float]]
 
 STRENGTH = 0.6  # of what is made of strokes
 _COLOURS, _MEDIAN = 6, 16  # of strokes: flat colours, and the width of a stroke: R / 16
@@ -67,12 +68,19 @@ class Task(NamedTuple):
 
 
 def against(
-    measured: Measure, samples: np.ndarray, other: np.ndarray, **references: np.ndarray
+    measured: Measure,
+    samples: np.ndarray,
+    other: np.ndarray,
+    see: Callable[[np.ndarray], Any] = lambda pixels: pixels,
+    **references: np.ndarray,
 ) -> Figures:
-    """Measures samples, the same shuffled, and other images of the same conditions, by name."""
-    own = np.arange(len(samples))
-    found = {"samples": measured(samples, own), "shuffled": measured(samples, other)}
-    found |= {name: measured(pixels, own) for name, pixels in references.items()}
+    """Measures samples, the same shuffled, and other images of the same conditions, by name.
+
+    `see` makes of images, once, what `measured` takes of them whatever the condition.
+    """
+    own, seen = np.arange(len(samples)), see(samples)
+    found = {"samples": measured(seen, own), "shuffled": measured(seen, other)}
+    found |= {name: measured(see(pixels), own) for name, pixels in references.items()}
     return {
         name: {column: float(values[name]) for column, values in found.items()}
         for name in found["samples"]
@@ -114,22 +122,26 @@ def label_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> F
     """Share of the images that the classifier puts in their class."""
     judge, labels = context.judge("label"), context.held.fields["label"]
 
-    def measured(pixels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        found = judging.scores(Classifier, judge, judging.judged_size(pixels)).argmax(-1)
+    def see(pixels: np.ndarray) -> np.ndarray:
+        return judging.scores(Classifier, judge, judging.judged_size(pixels)).argmax(-1)
+
+    def measured(found: np.ndarray, rows: np.ndarray) -> dict[str, float]:
         return {"class_accuracy": (found == labels[rows]).mean()}
 
-    return against(measured, samples, other, real=context.held.images)
+    return against(measured, samples, other, see, real=context.held.images)
 
 
 def text_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:
     """Share of the images whose caption is found among 50."""
     judge, texts = context.judge("text"), context.held.captions
 
-    def measured(pixels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        found = judging.embeddings(judge, pixels, texts)
+    def see(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return judging.embeddings(judge, pixels, texts)
+
+    def measured(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> dict[str, float]:
         return {"caption_retrieval": measure.retrieval(*found, texts, rows, judging.CANDIDATES)}
 
-    return against(measured, samples, other, real=context.held.images)
+    return against(measured, samples, other, see, real=context.held.images)
 
 
 def layout_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:
@@ -139,40 +151,47 @@ def layout_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> 
     layouts = [judging.visible_boxes(tokens, vocab_size) for tokens in held.fields["boxes"]]
     segmenter = None if held.map_classes is None else context.judge("segmentation")
 
-    def measured(pixels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        chosen = [layouts[row] for row in rows]
+    def see(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        if segmenter is None:
+            return pixels, None
+        small = judging.judged_size(pixels)
+        return pixels, judging.scores(Segmenter, segmenter, small).argmax(-1)
+
+    def measured(given: tuple[np.ndarray, np.ndarray | None], rows: np.ndarray) -> dict[str, float]:
+        (pixels, maps), chosen = given, [layouts[row] for row in rows]
         edges = [[box[1:] for box in boxes] for boxes in chosen]
         labels = np.array([box[0] for boxes in chosen for box in boxes])
         seen = judging.crops(pixels, edges)
         if not len(seen):
             raise UserError("the held-out layouts have no boxes: choose another --split")
         found = judging.scores(Classifier, judge, seen).argmax(-1)
-        if segmenter is not None:
-            small = judging.judged_size(pixels)
-            maps = judging.scores(Segmenter, segmenter, small).argmax(-1)
         overlaps = []
         for i, boxes in enumerate(chosen):
-            ground = measure.differs_from_ground(pixels[i], edges[i]) if segmenter is None else None
+            ground = measure.differs_from_ground(pixels[i], edges[i]) if maps is None else None
             for label, *box in boxes:
                 mask = ground if ground is not None else maps[i] == held.map_classes[label]
                 overlaps.append(measure.box_iou(measure.extent_near(mask, box), box))
         return {"box_class_accuracy": (found == labels).mean(), "box_iou": np.mean(overlaps)}
 
-    return against(measured, samples, other, real=held.images)
+    return against(measured, samples, other, see, real=held.images)
 
 
 def segmentation_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:
-    """Share of pixels that are of the map's class, and of those that it gives an object."""
+    """Share of pixels that are of the map's class, and of those that it gives an object, where the
+    data say which class is the ground.
+    """
     judge, maps = context.judge("segmentation"), context.held.fields["segmentation"]
     maps = judging.judged_maps(maps)
 
-    def measured(pixels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        seen = judging.scores(Segmenter, judge, judging.judged_size(pixels)).argmax(-1)
-        everywhere, objects = measure.agreement(seen, maps[rows])
+    def see(pixels: np.ndarray) -> np.ndarray:
+        return judging.scores(Segmenter, judge, judging.judged_size(pixels)).argmax(-1)
+
+    def measured(seen: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        everywhere, objects = measure.agreement(seen, maps[rows], context.held.ground)
         found = {"pixel_agreement": everywhere}
         return found | ({} if np.isnan(objects) else {"object_pixel_agreement": objects})
 
-    return against(measured, samples, other, real=context.held.images)
+    return against(measured, samples, other, see, real=context.held.images)
 
 
 def low_res_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:

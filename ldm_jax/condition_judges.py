@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ldm_jax.data.draws import Uniforms
+from ldm_jax.data.folder import fingerprint
 from ldm_jax.data.layout import Box, decode_layout, slots
 from ldm_jax.errors import UserError
 from ldm_jax.held_out import Examples
@@ -32,7 +33,7 @@ from ldm_jax.metrics import judge_networks as networks
 # many it was fitted to; also 'classes', or 'words' of the text judge.
 Judge: TypeAlias = dict[str, Any]
 
-VERSION = 1  # of the judges: to be raised with every change of what they are or learn
+VERSION = 2  # of the judges: to be raised with every change of what they are or learn
 STEPS = {"label": 600, "text": 600, "layout": 600, "segmentation": 400}
 IMAGES = 4000  # of the training split are shown to a judge, at most
 CANDIDATES = 50  # captions that the right one is found among
@@ -75,6 +76,8 @@ def _digest(kind: str, config: ConfigDict) -> str:
     said |= {"kind": kind, "version": VERSION, "steps": STEPS[kind], "images": IMAGES}
     said |= {"classes": [config.label.num_classes, config.segmentation.num_classes]}
     said |= {"layout": [config.layout.length, config.layout.vocab_size]}
+    if config.data.source.startswith("folder:"):  # other images there make another judge
+        said |= {"files": fingerprint(pathlib.Path(config.data.source[7:]).expanduser())}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -97,6 +100,17 @@ def _block(x: np.ndarray) -> int:
     return (
         math.gcd(x.shape[1], x.shape[2]) // SIDE if not any(s % SIDE for s in x.shape[1:3]) else 1
     )
+
+
+def reduced(arrays: dict[str, np.ndarray], whole: bool = False) -> dict[str, np.ndarray]:
+    """What the judges are fitted to of the arrays (B, ...) of examples: images and maps as they see
+    them, or `whole` images for crops of them.
+    """
+    kept = {name: arrays[name] for name in ("label", "boxes", "tokens") if name in arrays}
+    kept["image"] = arrays["image"] if whole else judged_size(arrays["image"])
+    if "segmentation" in arrays:
+        kept["segmentation"] = judged_maps(arrays["segmentation"])
+    return kept
 
 
 def visible_boxes(tokens: np.ndarray, vocab_size: int) -> list[Box]:

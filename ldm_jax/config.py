@@ -31,6 +31,10 @@ from ldm_jax.small import use_small_model
 __all__ = ["FIELDS", "METRICS", "MOST_LEVELS", "check", "downsampling", "flatten", "get_config"]
 __all__ += ["denoiser_unit", "has_null", "use_first_stage", "use_small_model", "vector_width"]
 
+# Of the block `denoiser`, what a transformer has no use for.
+UNET_KEYS = ("mult", "attn_downsample", "cross_attention", "transformer_depth", "scale_shift")
+UNET_KEYS += ("resblock_resample", "conv_resample", "split_qkv_first")
+
 
 def shrink(config: ConfigDict) -> ConfigDict:
     """Returns the config at toy size on the embedded images: the same code path in seconds.
@@ -58,10 +62,14 @@ def shrink(config: ConfigDict) -> ConfigDict:
     )
     c.first_stage.discriminator.update(width=8, start=1, warmup=0, ramp=0)
     c.first_stage.update(stats_images=min(c.first_stage.stats_images or 64, 64))
-    c.denoiser.update(width=32, depth=1, mult=c.denoiser.mult[:2])
+    c.denoiser.update(width=32, depth=1)
+    networks = [c.first_stage, c.classifier]
     if c.denoiser.kind == "dit":
         c.denoiser.update(depth=2, num_heads=2)
-    for network in (c.first_stage, c.denoiser):
+    else:
+        c.denoiser.mult = c.denoiser.mult[:2]
+        networks.append(c.denoiser)
+    for network in networks:
         reached = tuple(factor for factor in network.attn_downsample if factor <= 2)
         network.attn_downsample = reached or ((2,) if network.attn_downsample else ())
     c.label.width = vector_width(c) if c.label.slot == "vector" else 32
@@ -75,10 +83,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
     # The map must arrive at the latents' size, which has changed with the first stage's levels.
     c.segmentation.update(num_classes=min(c.segmentation.num_classes, 16))
     c.segmentation.stages = (downsampling(c) - 1).bit_length()
-    for block in (c.first_stage.train, c.train):
+    c.classifier.update(width=32, depth=1, mult=c.classifier.mult[:2], head_dim=32)
+    for block in (c.first_stage.train, c.train, c.classifier.train):
         steps = min(block.steps, 2)  # 0 means that there is no such stage
         block.update(batch_size=8, steps=steps, warmup_steps=min(block.warmup_steps, 1))
         block.update(log_every=1, picture_every=2, checkpoint_every=2)
+    c.classifier.train.picture_every = 0  # there is nothing to show
     c.sample.update(steps=2, batch_size=8, num_samples=8)
     c.ema_snapshots.every = 1
     return ConfigDict(c).lock()
@@ -150,10 +160,21 @@ def from_json(text: str) -> ConfigDict:
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
-    """Lists the keys in which two configs differ, as 'key: ours -> theirs'; names do not count."""
+    """Lists the keys in which two configs differ, as 'key: ours -> theirs'.
+
+    Names do not count, nor keys that neither's denoiser reads.
+    """
     a, b = flatten(ours), flatten(theirs)
-    keys = sorted(key for key in a | b if a.get(key) != b.get(key) and key != "name")
+    skipped = {"name"} | set(unread_keys(ours)) & set(unread_keys(theirs))
+    keys = sorted(key for key in a | b if a.get(key) != b.get(key) and key not in skipped)
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in keys]
+
+
+def unread_keys(config: ConfigDict) -> list[str]:
+    """Keys of the denoiser that only another `denoiser.kind` than the config's reads."""
+    if config.denoiser.kind == "dit":
+        return [f"denoiser.{name}" for name in UNET_KEYS]
+    return list(flatten({"denoiser": {"dit": config.denoiser.dit}}))
 
 
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 
 def _train_block(**changes: Any) -> ConfigDict:
-    """Optimisation of one stage; both stages have the same keys."""
+    """Optimisation of one stage; all stages have the same keys."""
     return ConfigDict(
         dict(
             batch_size=48,  # images per update, over all devices and hosts
@@ -222,6 +222,20 @@ def get_config() -> ConfigDict:
                 decays=(),  # like ema_decay, to be used as they are, e.g. (0.999, 0.9999)
                 every=5000,  # steps between them; a file has the size of the weights
             ),
+            # Of noisy latents, for guidance by its gradient; it needs the field `label`, of
+            # label.num_classes, and is trained after the diffusion model, on the same latents
+            classifier=dict(
+                width=128,  # channels at full latent resolution; a multiple of 32
+                mult=(1, 2, 4),  # channel multiplier per level
+                depth=2,  # residual blocks per level
+                attn_downsample=(1, 2, 4),  # downsampling factors at which attention is used
+                head_dim=32,  # channels per attention head
+                dropout=0.0,
+                # steps: 0 = no classifier; the rest is that of Dhariwal & Nichol 2021
+                train=_train_block(
+                    steps=0, batch_size=256, lr=3e-4, weight_decay=0.05, picture_every=0
+                ),
+            ),
             cond_drop_rate=0.0,  # share of training examples that see the null condition
             init_from="",  # workdir whose denoiser and conditioner are the start; '' = random
             sample=dict(
@@ -237,7 +251,7 @@ def get_config() -> ConfigDict:
                 # Share by which guided outputs get the spread of unguided ones (Lin et al. 2024)
                 guidance_rescale=0.0,
                 guidance_interval=(0.0, 1.0),  # shares of the time range in which there is guidance
-                two_calls=False,  # guide by two network calls in turn, in the memory of one
+                two_calls=False,  # guide by network calls in turn, in the memory of one
                 batch_size=16,  # images at a time, over all devices
                 num_samples=16,  # images in the grids that training writes
                 nearest=False,  # show the nearest training images beside the final grid

@@ -47,7 +47,7 @@ def specify(config: ConfigDict, size: tuple[int, int] | None = None) -> dict[str
     noise = config.data.low_res.noise
     bound = 1 + MOST_NOISE * noise
     all_fields = {
-        "label": Field((), np.int32, 0, config.label.num_classes - 1),
+        "label": label_field(config),
         "tokens": Field((config.text.length,), np.int32, 0, config.text.vocab_size - 1),
         "boxes": Field((config.layout.length,), np.int32, 0, config.layout.vocab_size - 1),
         "segmentation": Field(size, np.int32, 0, config.segmentation.num_classes - 1),
@@ -58,6 +58,11 @@ def specify(config: ConfigDict, size: tuple[int, int] | None = None) -> dict[str
     }
     names = [name for part in config.conditioners for name in config_lib.FIELDS[part]]
     return {name: all_fields[name] for name in names}
+
+
+def label_field(config: ConfigDict) -> Field:
+    """Returns what a class must look like, which a classifier may need and no conditioner read."""
+    return Field((), np.int32, 0, config.label.num_classes - 1)
 
 
 def examples(config: ConfigDict, batch_size: int) -> dict[str, Array]:

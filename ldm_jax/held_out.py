@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from ldm_jax.data.pipeline import epoch_batches
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.table import split_rows
 from ldm_jax.data.task_fields import passed_on
+from ldm_jax.errors import UserError
 from ldm_jax.preflight import open_data
 from ldm_jax.training.latents import task_transform
 
@@ -38,6 +39,7 @@ class Examples(NamedTuple):
         label_names: names of classes, or None.
         num_labels: number of classes, 0 without labels.
         map_classes: the class in a map that stands for each label, where both are known.
+        ground: the class in a map that is none of an object, where the data say so.
     """
 
     images: np.ndarray
@@ -47,17 +49,46 @@ class Examples(NamedTuple):
     label_names: tuple[str, ...] | None
     num_labels: int
     map_classes: tuple[int, ...] | None
+    ground: int | None = None
+
+
+def choose_data(config: ConfigDict, source: str, split: str) -> tuple[ConfigDict, str]:
+    """The config with the data that are asked for, and the split of them that is held out.
+
+    `source` '' is the config's own, `split` '' what the config holds out, or else trains on; of
+    another source, 'train'.
+    """
+    config = ConfigDict(config).copy_and_resolve_references()
+    if source and source != config.data.source:
+        config.data.update(source=source, where="", split="train")
+        return config, split or "train"
+    return config, split or config.first_stage.eval.split or config.data.split
 
 
 def read_examples(
-    config: ConfigDict, workdir: pathlib.Path, split: str, count: int = 0
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    split: str,
+    count: int = 0,
+    names: Sequence[str] | None = None,
+    reduce: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
 ) -> Examples:
     """Reads `count` examples (0: all) of a split of the config's data, drawn evenly from all of it.
 
     The draw is the same every time; the examples are in the order of the source.
 
+    Args:
+        config: of the model, with the data to read.
+        workdir: of the model.
+        split: of the data.
+        count: how many; 0 for all.
+        names: of the model's classes, of which the data's are found by name where they have any;
+            None takes the data's numbers as they are.
+        reduce: what is kept of the arrays (B, ...) of some examples, as soon as they are read.
+
     Raises:
-        UserError: no such data, or a field that the model needs is missing.
+        UserError: no such data, a field that the model needs is missing, or the data have a class
+            that the model has not.
     """
     config = ConfigDict(config).copy_and_resolve_references()
     fields = [field for part in config.conditioners for field in config_lib.FIELDS[part]]
@@ -66,6 +97,9 @@ def read_examples(
     made = tuple(field for field in fields if field not in ("tokens", "noise_level"))
     config.data.fields = made if fields else UNCONDITIONAL
     source = open_data(config, workdir)
+    numbered = names and source.label_names and {"label", "boxes"} & set(config.data.fields)
+    if numbered and source.label_names != tuple(names):
+        source = _Renumbered(source, names, config.data.fields)
     classes = _map_classes(source)
     if classes is not None and "boxes" in fields and "segmentation" not in fields:
         config.data.fields += ("segmentation",)
@@ -73,16 +107,17 @@ def read_examples(
     rows = np.sort(epoch_order(0, 0, len(source))[: count or len(source)]).tolist()
     chosen = _Chosen(source, rows)
     read = CaptionedSource(chosen, config.data.caption, _first) if captioned else chosen
-    batches = list(
-        epoch_batches(
+    parts = [
+        (reduce or dict)({name: array[batch["valid"]] for name, array in batch.items()})
+        for batch in epoch_batches(
             read,
             _WithoutMasked(task_transform(config)),
             _BATCH_SIZE,
             fields=(*passed_on(config.data.fields), *(("tokens",) if captioned else ())),
             threads=config.data.threads,
         )
-    )
-    arrays = {name: np.concatenate([b[name][b["valid"]] for b in batches]) for name in batches[0]}
+    ]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     captions: list[str] = []
     if captioned:
         captions = arrays["tokens"][:, 0].tolist()
@@ -95,6 +130,7 @@ def read_examples(
         source.label_names,
         source.num_labels,
         classes if "segmentation" in arrays else None,
+        getattr(source, "segmentation_ground", None),
     )
 
 
@@ -144,6 +180,46 @@ class _Chosen:
 
     def name(self, index: int) -> str:
         return self._source.name(self._rows[index])
+
+
+class _Renumbered:
+    """A source whose classes have the numbers of a model's, by their names.
+
+    The names are those of 'label', or else of 'boxes'.
+
+    Raises:
+        UserError: the model has no class of a name.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str], fields: Sequence[str]) -> None:
+        unknown = [name for name in source.label_names if name not in names]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise UserError(
+                f"the data have the class '{unknown[0]}'{more}, which the model has not: choose "
+                f"another --source, of {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            )
+        self._source, self._boxes = source, "label" not in fields
+        self._number = [names.index(name) for name in source.label_names]
+        self.columns, self.label_names, self.num_labels = source.columns, tuple(names), len(names)
+        self.segmentation_names = getattr(source, "segmentation_names", None)
+        self.segmentation_ground = getattr(source, "segmentation_ground", None)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        example = dict(self._source[index])
+        if self._boxes:
+            example["boxes"] = [
+                box | {"label": self._number[box["label"]]} for box in example["boxes"]
+            ]
+        else:
+            example["label"] = self._number[example["label"]]
+        return example
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
 
 
 class _WithoutMasked:

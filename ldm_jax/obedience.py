@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from ldm_jax import condition_sheet
 from ldm_jax import workdir as files
 from ldm_jax.condition_figures import Context, Figures, Task, conditional_tasks, guided_tasks
 from ldm_jax.errors import UserError
-from ldm_jax.held_out import Examples, count_trained, read_examples
+from ldm_jax.held_out import Examples, choose_data, count_trained, read_examples
 from ldm_jax.metrics.consistency import derangement
 from ldm_jax.perceptual import load_perceptual
 from ldm_jax.pipeline import Pipeline
@@ -59,10 +60,12 @@ def evaluate_conditions(
             f"{workdir} has a first stage and no denoiser, so there is nothing to sample: train "
             "one, or use --of=reconstruction"
         )
-    config, split = _data_config(pipe.config, request)
-    held = read_examples(config, workdir, split, request.num_images or NUM_IMAGES)
-    _check_count(config, held, split)
+    config, split = choose_data(pipe.config, request.source, request.split)
     notes, own = [], config.data.source == pipe.config.data.source
+    # Other data may number their classes otherwise.
+    names = None if own else pipe.label_names
+    held = read_examples(config, workdir, split, request.num_images or NUM_IMAGES, names)
+    _check_count(config, held, split)
     seen = count_trained(config, held.names, split)  # by the judges; by the model, if it is its own
     if own and seen:
         notes.append(
@@ -77,8 +80,11 @@ def evaluate_conditions(
 
     def read() -> Examples:
         if not trained:  # judges of several conditions see the same images
-            train = config.data.split
-            trained.append(read_examples(config, workdir, train, judging.IMAGES))
+            train, crops = config.data.split, "layout" in config.conditioners
+            reduce = functools.partial(judging.reduced, whole=crops)
+            trained.append(
+                read_examples(config, workdir, train, judging.IMAGES, names, reduce=reduce)
+            )
         return trained[0]
 
     judges: dict[str, judging.Judge] = {}
@@ -117,15 +123,6 @@ def evaluate_conditions(
         "notes": notes,
     }
     return record, sheet
-
-
-def _data_config(config: ConfigDict, request: Request) -> tuple[ConfigDict, str]:
-    """The config with the data that are asked for, and the split whose conditions are used."""
-    config = ConfigDict(config).copy_and_resolve_references()
-    if request.source and request.source != config.data.source:
-        config.data.update(source=request.source, where="", split="train")
-        return config, request.split or "train"
-    return config, request.split or config.first_stage.eval.split or config.data.split
 
 
 def _check_count(config: ConfigDict, held: Examples, split: str) -> None:

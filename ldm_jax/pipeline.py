@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,15 @@ from ml_collections import ConfigDict
 from ldm_jax import arguments, builders, images, random
 from ldm_jax import config as config_lib
 from ldm_jax import pipeline_conditions as conditions
-from ldm_jax.arguments import check_pixels, check_rows, check_seeds
+from ldm_jax.arguments import check_pixels, check_seeds
+from ldm_jax.autoguidance import weak_fields
+from ldm_jax.batches import in_batches
 from ldm_jax.diffusion import samplers
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.tiled import Memory, Progress, TiledFirstStage, check_sides
 from ldm_jax.networks import Networks, jitted
 from ldm_jax.sampling_memory import sampling_memory
-from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
+from ldm_jax.training.sharding import make_mesh, replicated
 from ldm_jax.types import Array, Condition
 
 # What works without a part, or how to get it.
@@ -36,8 +37,9 @@ class Pipeline:
 
     Attributes:
         config: the locked config of the run.
-        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params}, or those
-            of them that the model has; a first stage on its own can encode and decode.
+        variables: {'first_stage': variables, 'denoiser': params, 'conditioner': params,
+            'classifier': params}, or those of them that the model has; a first stage on its own
+            can encode and decode.
         step: of the checkpoint, in updates.
         label_names: names of the classes, or None where classes have only numbers.
         tokenizer: list of B captions -> (B, L) int32 tokens, or None where there is none.
@@ -82,6 +84,9 @@ class Pipeline:
         batch_size: int | None = None,
         noise: Any | None = None,
         negative: Mapping[str, Any] | None = None,
+        also: Sequence[tuple[Mapping[str, Any], float]] = (),
+        weak: Pipeline | None = None,
+        classifier_scale: float = 0.0,
         init_image: Any | None = None,
         strength: float = 1.0,
         image: Any | None = None,
@@ -105,7 +110,8 @@ class Pipeline:
             sampler: a key of `diffusion.samplers.SAMPLERS`.
             steps: 1 to T; also the network calls, but for plms (1 more) and heun (twice, less 1).
             eta: 0 (deterministic) to 1 for ddim; other samplers know only one value.
-            guidance_scale: of classifier-free guidance; 1 = off.
+            guidance_scale: by how much guidance leads away from the null condition, or from
+                `weak`; 1 = off.
             guidance_rescale: see `Guidance`; 0 = off.
             guidance_interval: shares of the time range with guidance; (0, 1) is all of it.
             spacing: noise levels visited: leading, uniform, quad, linspace, linspace_open,
@@ -113,6 +119,13 @@ class Pipeline:
             batch_size: images at a time; rounded up to a multiple of the number of devices.
             noise: (B, h, w, C) float32 to start from, in place of the seeds' own.
             negative: batch fields that guidance leads away from, in place of the null condition.
+            also: further conditions, each with its weight, which is below 0 for what is to be
+                avoided; fields that one leaves away are those of `condition`. Each takes one more
+                network call, as the null condition does.
+            weak: a weaker model of the same latents, conditioners and process, which guidance leads
+                away from in place of the null condition: smaller, or trained for less long.
+            classifier_scale: by how much the gradient of the model's classifier is followed towards
+                the class 'label' of the condition, which no conditioner need read; 0 = off.
             init_image: (B, H, W, 3) uint8 to start from, such as strokes of colour (Meng et al.
                 2022); `strength` says how much of it may change.
             strength: share of the steps that are made, above 0; 1 without `init_image`.
@@ -141,86 +154,94 @@ class Pipeline:
             UserError: a setting outside its range, or a condition that does not fit the model.
         """
         s = self.config.sample
-        choose = lambda value, default: default if value is None else value  # noqa: E731
-        sampler = choose(sampler, s.sampler)
-        scale = choose(guidance_scale, s.guidance_scale)
-        # Without guidance what the config says of it is off, and what the caller says is refused.
-        others = (0.0, (0.0, 1.0)) if scale == 1 else (s.guidance_rescale, s.guidance_interval)
-        given = map(choose, (guidance_rescale, guidance_interval), others)
-        guidance = arguments.make_guidance(self.config, scale, *given, negative is not None)
+        seeds, size = check_seeds(seeds), self.check_size(size)
+        count, sampler = len(seeds), s.sampler if sampler is None else sampler
+        tile = arguments.choose_tile(self.config, size, tile)
+        further, weights = conditions.split_weights(also)
+        guidance = arguments.make_guidance(
+            self.config,
+            guidance_scale,
+            guidance_rescale,
+            guidance_interval,
+            negative is not None,
+            weak=weak is not None,
+            weights=weights,
+            classifier_scale=classifier_scale,
+        )
         if strength != 1 and init_image is None:
             raise UserError(f"strength is {strength:g}, but there is no init_image to start from")
         if tuple(resample) != (1, 1) and image is None:
             raise UserError("resample makes parts fit those of an image: give image and hole too")
-        table = samplers.make_table(
-            sampler,
-            self._schedule,
-            choose(steps, s.steps),
-            samplers.nearest_eta(sampler, s.eta) if eta is None else eta,
-            choose(spacing, s.spacing),
-            strength,
-            resample,
+        table = arguments.choose_table(
+            self.config, self._schedule, sampler, steps, eta, spacing, strength, resample
         )
-        given = {"init_image": init_image, "image": image, "grey": grey}
-        pixels = decode or any(value is not None for value in given.values())
+        pictures = arguments.check_pictures(count, size, init_image, image, hole, grey)
+        pixels = decode or any(x is not None for x in pictures.values())
         self._need("denoiser", "conditioner", *(["first_stage"] if pixels else []))
-        seeds, size = check_seeds(seeds), self.check_size(size)
-        tile = arguments.choose_tile(self.config, size, tile)
-        if (image is None) != (hole is None):
-            raise UserError("give image and hole together: what is kept, and where it is not")
-        arrays = {
-            name: check_rows(name, x, (len(seeds), *size, 3))
-            for name, x in given.items()
-            if name != "grey"
-        }
-        grey = check_rows("grey", grey, (len(seeds), *size))
-        hole = check_rows("hole", hole, (len(seeds), *size))
-        hole = None if hole is None else hole.astype(bool)
-        if hole is not None and hole.all((1, 2)).any():
-            raise UserError(
-                "a hole that is the whole image keeps nothing: leave image and hole away"
-            )
         condition = conditions.noise_low_res(self.config, condition or {}, noise_level, seeds, size)
         if image is not None and "inpainting" in self.config.conditioners:
-            condition |= conditions.inpainting_fields(arrays["image"], hole)
-        fields = self._fields(condition, len(seeds), size)
-        guided = guidance.scale != 1 and (fields is not None or negative is not None)
+            condition |= conditions.inpainting_fields(pictures["image"], pictures["hole"])
+        label = None
+        if guidance.classifier_scale is not None:
+            known = "classifier" in self.variables
+            label, condition = conditions.label_to_find(self.config, condition, count, known, tile)
+        fields = self._fields(condition, count, size)
         shape = arguments.latent_shape(self.config, size)
-        if noise is not None:
-            noise = np.asarray(noise, np.float32)
-            if noise.shape != (len(seeds), *shape):
-                raise UserError(
-                    f"noise has the shape {noise.shape}, but must be {(len(seeds), *shape)}"
-                )
+        inputs = {
+            "seeds": seeds,
+            "fields": fields,
+            "negative": None if negative is None else self._fields(negative, count, size),
+            "also": conditions.further_conditions(
+                self.config, fields, further, count, size, self.tokenizer
+            ),
+            "weak": weak and weak_fields(self, weak, condition, count, size, tile),
+            "label": label,
+            "noise": arguments.check_noise(noise, (count, *shape)),
+            **pictures,
+        }
+        away = guidance.scale != 1 and weak is None  # from the null condition
+        guided = bool(further) or (away and (fields is not None or negative is not None))
+        variables = self.variables
+        if weak is not None:
+            parts = {name: weak.variables[name] for name in ("denoiser", "conditioner")}
+            variables = variables | {"weak": parts}
 
         def tell(program: jax.stages.Compiled, part: dict[str, Any]) -> None:
-            need = dict(count=len(seeds), size=size, tile=tile, guided=guided)
-            measured(self._memory_of(program, part, **need))
+            need = sampling_memory(
+                self.config,
+                variables,
+                program,
+                part,
+                count=count,
+                size=size,
+                tile=tile,
+                seen=1 + guided + len(further),
+                weak=None if weak is None else weak.config,
+            )
+            if tile is not None and "first_stage" in self.variables:
+                decoding = self._tiled.memory(self.variables, *size, tile)
+                need = need._replace(tile=max(need.tile, decoding.tile))
+            measured(need)
 
-        made = self._in_batches(
+        made = in_batches(
+            self._jit["generate"],
+            variables,
+            inputs,
             (jax.tree.map(jnp.float32, guidance), jax.tree.map(jnp.asarray, table)),
-            {
-                "seeds": seeds,
-                "fields": fields,
-                "negative": None if negative is None else self._fields(negative, len(seeds), size),
-                "noise": noise,
-                "start": arrays["init_image"],
-                "image": arrays["image"],
-                "hole": hole,
-                "grey": None if grey is None else images.to_float(grey),
-            },
-            choose(batch_size, s.batch_size),
+            s.batch_size if batch_size is None else batch_size,
+            self._mesh,
             tell if measured else None,
             sampler=sampler,
             size=shape[:2],
             guided=guided,
             decode=decode and tile is None,  # tiles of pixels are joined on the host
             tile=None if tile is None else tile // config_lib.downsampling(self.config),
+            weak=None if weak is None else weak._networks,
         )
         if decode and tile is not None:
             made = self._decode_in_tiles(made, size, tile)
         if image is not None and decode:
-            made = np.where(hole[..., None], made, arrays["image"])
+            made = np.where(pictures["hole"][..., None], made, pictures["image"])
         return made
 
     def check_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -245,49 +266,6 @@ class Pipeline:
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of one image's latents, at the training resolution."""
         return arguments.latent_shape(self.config, (self.config.data.resolution,) * 2)
-
-    def _in_batches(
-        self,
-        shared: tuple,
-        inputs: dict[str, Any],
-        batch_size: int,
-        measured: Callable[[jax.stages.Compiled, dict[str, Any]], None] | None,
-        **settings: Any,
-    ) -> np.ndarray:
-        """Generates equal batches, the last one padded, and joins the results.
-
-        `measured`, if any, is called with the compiled program and its inputs before the first
-        batch.
-        """
-        if batch_size < 1:
-            raise UserError(f"batch size is {batch_size}, but must be at least 1")
-        total = len(jax.tree.leaves(inputs)[0])
-        devices = self._mesh.size
-        batch_size = -(-min(batch_size, total) // devices) * devices
-        sharding, parts = batch_sharding(self._mesh), []
-        run = functools.partial(self._jit["generate"], **settings)
-        for start in range(0, total, batch_size):
-            index = np.minimum(np.arange(start, start + batch_size), total - 1)
-            part = jax.tree.map(
-                lambda x, i=index: jax.device_put(np.asarray(x)[i], sharding), inputs
-            )
-            if measured is not None and start == 0:
-                lowered = self._jit["generate"].lower(self.variables, part, *shared, **settings)
-                run = lowered.compile()  # what runs is what was measured
-                measured(run, part)
-            parts.append(np.asarray(jax.device_get(run(self.variables, part, *shared))))
-        return np.concatenate(parts)[:total]
-
-    def _memory_of(
-        self, program: jax.stages.Compiled, inputs: dict[str, Any], **settings: Any
-    ) -> Memory:
-        """See `sampling_memory`, with the decoder's tiles where there are any."""
-        need = sampling_memory(self.config, self.variables, program, inputs, **settings)
-        tile = settings["tile"]
-        if tile is None or "first_stage" not in self.variables:
-            return need
-        decoding = self._tiled.memory(self.variables, *settings["size"], tile)
-        return need._replace(tile=max(need.tile, decoding.tile))
 
     def _decode_in_tiles(self, latents: np.ndarray, size: tuple[int, int], tile: int) -> np.ndarray:
         """Decodes latents (B, h, w, C), image by image, to (B, H, W, 3) uint8."""
@@ -326,6 +304,8 @@ class Pipeline:
         Raises:
             UserError: no such class, or a model without classes.
         """
+        if "label" not in self.config.conditioners and "classifier" not in self.variables:
+            raise UserError("this model knows no classes: leave --label away")
         return conditions.class_number(self.config, list(self.label_names or ()), text)
 
     def _fields(

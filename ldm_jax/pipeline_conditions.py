@@ -24,14 +24,12 @@ def class_number(config: ConfigDict, names: Sequence[str], text: str | int) -> i
     """Returns the class number that a number or a class name stands for.
 
     Raises:
-        UserError: no such class, or a model without classes.
+        UserError: no such class.
     """
-    if "label" not in config.conditioners:
-        raise UserError("this model knows no classes: leave --label away")
     if text in names:  # first, since a class may be called '2'
         return names.index(text)
     try:
-        spec = fields_lib.specify(config)["label"]
+        spec = fields_lib.label_field(config)
         return int(fields_lib.check_field("label", spec, [int(text)], 1)[0])
     except ValueError:
         known = ", ".join(names) or f"0 to {config.label.num_classes - 1}"
@@ -61,6 +59,78 @@ def check_condition(
     if "text" in given and "text" in config.conditioners:
         given["tokens"] = _tokens(given.pop("text"), tokenizer)
     return fields_lib.check(config, given, count, size)
+
+
+def split_weights(also: Sequence[tuple[Mapping[str, Any], float]]) -> tuple[list, list]:
+    """Returns further conditions and their weights; UserError unless they are pairs."""
+    try:
+        pairs = [(dict(condition), weight) for condition, weight in also]
+    except (TypeError, ValueError):
+        raise UserError(
+            "`also` must be a list of pairs, each a condition and its weight: "
+            "[({'label': [3, 3]}, 1.5)] for two seeds"
+        ) from None
+    return [condition for condition, _ in pairs], [weight for _, weight in pairs]
+
+
+def further_conditions(
+    config: ConfigDict,
+    fields: Fields | None,
+    also: Sequence[Mapping[str, Any]],
+    count: int,
+    size: tuple[int, int],
+    tokenizer: Tokenizer | None,
+) -> tuple[Fields, ...]:
+    """Checks conditions that are composed with that of `fields`, whose fields complete them.
+
+    Raises:
+        UserError: one says nothing, or does not fit the model.
+    """
+    for given in also:
+        if not given:
+            raise UserError("a condition of `also` is empty: give its fields, or leave it away")
+    both = [{**(fields or {}), **given} for given in also]
+    return tuple(check_condition(config, given, count, size, tokenizer) for given in both)
+
+
+def label_to_find(
+    config: ConfigDict,
+    condition: Mapping[str, Any],
+    count: int,
+    classifier: bool,
+    tile: int | None,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns the classes (B,) of classifier guidance, and what is left for the denoiser.
+
+    Args:
+        config: of the model.
+        condition: batch fields.
+        count: number of images.
+        classifier: whether the model has one.
+        tile: side of the tiles in pixels, or None.
+
+    Raises:
+        UserError: there is no classifier, or no class for it, or there are tiles.
+    """
+    if not classifier:
+        raise UserError(
+            "classifier_scale needs a classifier of noisy latents: train one by "
+            "config.classifier.train.steps"
+        )
+    if tile is not None:
+        raise UserError(
+            "classifier_scale is for images that are made at once, not in tiles: a classifier "
+            "looks at all of an image"
+        )
+    if "label" not in condition:
+        raise UserError(
+            "classifier_scale needs the class to find: give the condition 'label' (--label)"
+        )
+    label = fields_lib.check_field(
+        "label", fields_lib.label_field(config), condition["label"], count
+    )
+    unread = () if "label" in config.conditioners else ("label",)
+    return label, {name: x for name, x in condition.items() if name not in unread}
 
 
 def _tokens(captions: Sequence[str], tokenizer: Tokenizer | None) -> np.ndarray:

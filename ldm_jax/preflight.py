@@ -11,6 +11,8 @@ from ldm_jax import builders, memory
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
 from ldm_jax.arguments import make_guidance
+from ldm_jax.classifier_files import open_classifier
+from ldm_jax.compatibility import check_resumable, check_same_architecture
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.pipeline import check_fields
 from ldm_jax.data.sources import Source, open_source
@@ -18,6 +20,7 @@ from ldm_jax.data.task_fields import columns
 from ldm_jax.diffusion.samplers import make_table, nearest_eta
 from ldm_jax.errors import UserError
 from ldm_jax.judges import Judges, first_stage_judges
+from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.first_stage_steps import first_stage_functions
 from ldm_jax.training.sharding import check_batch
 from ldm_jax.training.steps import diffusion_functions
@@ -36,6 +39,7 @@ def check_parts(
             f"{workdir} holds an imported model: choose another --workdir, and "
             f"--config=configs/imported.py:{workdir} to start from its weights"
         )
+    check_resumable(workdir, config)
     judges, given = None, config.first_stage.weights
     if (workdir / "first_stage" / files.WEIGHTS).is_file():
         files.open_first_stage(workdir, config)  # not read yet: names and shapes
@@ -56,6 +60,10 @@ def check_parts(
             )
     if config.train.steps > 0:
         _check_diffusion(config, workdir)
+    open_classifier(workdir, config)
+    if config.classifier.train.steps > 0:
+        check_batch(config.classifier.train.batch_size, mesh, "classifier.train.batch_size")
+        jax.eval_shape(classifier_functions(config)[0], jax.random.key(0))
     return judges
 
 
@@ -73,10 +81,17 @@ def _check_codebook(config: ConfigDict) -> None:
 
 def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Refuses what only the second stage would find."""
+    default, given = (config_lib.flatten(c) for c in (config_lib.get_config(), config))
+    unread = [key for key in config_lib.unread_keys(config) if given[key] != default[key]]
+    if unread:
+        print(
+            f"note: config.denoiser.kind='{config.denoiser.kind}' does not read "
+            f"{', '.join(f'config.{key}' for key in unread)}"
+        )
     if not files.has_checkpoint(workdir):
         start = {}
         if config.init_from:
-            files.check_same_architecture(config.init_from, config)
+            check_same_architecture(config.init_from, config)
             start = files.open_weights(config.init_from, config)[1]
         if config_lib.frozen_parts(config) and "conditioner" not in start:
             raise UserError(
@@ -121,7 +136,7 @@ def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
             f"the boxes of the data have {len(names)} classes, but config.layout.vocab_size is "
             f"{room + 1}, which has room for {room}: set it to {len(names) + 1} or more"
         )
-    if "label" in config.conditioners and source.num_labels > config.label.num_classes:
+    if "label" in c.fields and source.num_labels > config.label.num_classes:
         raise UserError(
             f"the data has labels up to {source.num_labels - 1}, but config.label.num_classes is "
             f"{config.label.num_classes}: set it to {source.num_labels}"

@@ -24,6 +24,7 @@ from ldm_jax.training.evaluation import Evaluation, evaluation_batches, evaluato
 from ldm_jax.training.sharding import make_mesh
 
 PER_DEVICE = 8  # images at a time, unless one says otherwise
+SECTIONS = ("condition", "likelihood")  # of a record; what is of a first stage has none
 
 
 def evaluate_first_stage(
@@ -84,16 +85,16 @@ def evaluate_first_stage(
 
 
 def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Writes what was measured as JSON; the section of another kind of evaluation stays in it."""
+    """Writes what was measured as JSON; sections of other kinds of evaluation stay in it."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = {}
     before = before if isinstance(before, dict) else {}
-    if "condition" in record:
+    if any(name in record for name in SECTIONS):
         record = before | record
-    elif "condition" in before:
-        record = record | {"condition": before["condition"]}
+    else:
+        record = record | {name: before[name] for name in SECTIONS if name in before}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,8 @@
-"""A whole run: the first stage, its latent statistics, the diffusion model, the final pictures."""
+"""A whole run: first stage, latent statistics, diffusion model, classifier, final pictures."""
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import time
@@ -13,8 +14,8 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from ldm_jax import classifier_files, images
 from ldm_jax import config as config_lib
-from ldm_jax import images
 from ldm_jax import workdir as files
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.pipeline import Batches, CachedSource, epoch_batches
@@ -22,18 +23,20 @@ from ldm_jax.data.sources import Source
 from ldm_jax.data.task_fields import passed_on
 from ldm_jax.data.transforms import CachedTransform
 from ldm_jax.errors import UserError
+from ldm_jax.fields import specify
 from ldm_jax.judges import Judges
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.preflight import check_parts, open_data
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.alarms import first_stage_alarms
+from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.ema import profiles
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts
 from ldm_jax.training.loop import Picture, Stage, fit
 from ldm_jax.training.sharding import make_mesh, replicated
-from ldm_jax.training.snapshots import write_snapshots
+from ldm_jax.training.snapshots import remove_later, write_snapshots
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
@@ -65,6 +68,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
             print(f"\nDone: the first stage is in {workdir / 'first_stage'}")
             return
         pipe = job.diffusion(frozen)
+        job.classifier(frozen)
         interrupts.check("before the final samples")
         shown = job.final_pictures(pipe)
     if isinstance(source, CaptionedSource) and source.cut_share > 0:
@@ -92,6 +96,7 @@ class _Run:
         self.config, self.workdir, self.source = config, workdir, source
         self.mesh, self.interrupts = mesh, interrupts
         self.key = jax.random.key(config.seed)
+        self.encoded: Source | None = None  # what `_latents` has made
 
     # -- first stage ----------------------------------------------------------------------------
 
@@ -143,11 +148,7 @@ class _Run:
             alarms=lambda scalars: first_stage_alarms(scalars, config),
         )
         trained = self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(trained))):
-            raise UserError(
-                f"the weights of the first stage in {directory} are not finite: remove its "
-                "checkpoints, and start again with a lower config.first_stage.train.lr"
-            )
+        _check_finite(trained, stage, "first_stage")
         return trained
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
@@ -185,15 +186,8 @@ class _Run:
 
     def diffusion(self, frozen: dict[str, Any]) -> Pipeline:
         """Trains the diffusion model; returns it with its averaged weights."""
-        config, source = self.config, self.source
+        config, source = self.config, self._latents(frozen)
         init, step = diffusion_functions(config)
-        if config.data.cache_latents:
-            source = latents_lib.encode_source(
-                config,
-                source,
-                latents_lib.encoder(config, frozen, self.mesh),
-                lambda: self.interrupts.check("while encoding the images"),
-            )
         pipe: list[Pipeline] = []
 
         def update(state: TrainState) -> Pipeline:
@@ -231,8 +225,20 @@ class _Run:
             start,
             snapshot=snapshot if kept else None,
             snapshot_every=config.ema_snapshots.every,
+            forget=functools.partial(remove_later, self.workdir / files.AVERAGES),
         )
         return update(self._fit(stage, self._batches(source, stage.block), 3))
+
+    def _latents(self, frozen: dict[str, Any]) -> Source:
+        """The data, with images encoded once if the config says so."""
+        if self.config.data.cache_latents and self.encoded is None:
+            self.encoded = latents_lib.encode_source(
+                self.config,
+                self.source,
+                latents_lib.encoder(self.config, frozen, self.mesh),
+                lambda: self.interrupts.check("while encoding the images"),
+            )
+        return self.encoded or self.source
 
     def _starting_weights(self) -> dict[str, Any] | None:
         """The weights to fine-tune, if any: a run that has a checkpoint goes on from there."""
@@ -246,17 +252,18 @@ class _Run:
         """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""
         count = self.config.sample.num_samples
         condition = None
-        if set(self.config.data.fields) == {"label"}:
+        fields = set(specify(self.config))  # a classifier's label may be no condition
+        if fields == {"label"}:
             classes = min(self.config.label.num_classes, count)
             # Sorted, so that a row of the grid shows one class.
             condition = {"label": sorted(i % classes for i in range(count))}
-        elif self.config.data.fields:
+        elif fields:
             condition = self._conditions(count)
         return pipe.sample(range(count), condition)
 
     def _conditions(self, count: int) -> dict[str, np.ndarray]:
-        """The fields of the data's first examples, over and over if there are too few."""
-        fields = self.config.data.fields
+        """The conditions of the data's first examples, over and over if there are too few."""
+        fields = tuple(specify(self.config))
         batches = epoch_batches(
             self.source,
             latents_lib.task_transform(self.config),
@@ -270,6 +277,21 @@ class _Run:
 
     def _grid(self, pixels: np.ndarray) -> np.ndarray:
         return images.make_grid(pixels, columns=_columns(len(pixels)))
+
+    # -- classifier -----------------------------------------------------------------------------
+
+    def classifier(self, frozen: dict[str, Any]) -> None:
+        """Trains the classifier of noisy latents and stores it, unless that is done, or unasked."""
+        block = self.config.classifier.train
+        if block.steps == 0 or (self.workdir / classifier_files.WEIGHTS).is_file():
+            return
+        directory = self.workdir / classifier_files.FOLDER
+        functions = classifier_functions(self.config)
+        stage = Stage("classifier", directory, block, *functions, frozen, picture=None)
+        state = self._fit(stage, self._batches(self._latents(frozen), block), 4)
+        params = jax.device_get(state.params["classifier"])
+        _check_finite(params, stage, "classifier")
+        classifier_files.save_classifier(self.workdir, params)
 
     def final_pictures(self, pipe: Pipeline) -> list[pathlib.Path]:
         """Writes the final grid and, if asked for, each sample's nearest training image."""
@@ -310,10 +332,11 @@ class _Run:
 
     def _batches(self, source: Source, block: ConfigDict) -> Any:
         """Returns start_step -> endless batches."""
-        diffusion, fields = block is self.config.train, self.config.data.fields
+        conditional = block is not self.config.first_stage.train
+        fields = self.config.data.fields
         if isinstance(source, CachedSource):
             transform = CachedTransform(flip=self.config.data.flip)
-        elif diffusion:
+        elif conditional:
             transform, fields = latents_lib.task_transform(self.config), passed_on(fields)
         else:
             transform = latents_lib.transform(self.config)
@@ -325,7 +348,7 @@ class _Run:
                 batch_size=block.batch_size,
                 seed=self.config.seed,
                 start_step=step,
-                fields=fields if diffusion else (),
+                fields=fields if conditional else (),
                 threads=self.config.data.threads,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
@@ -346,6 +369,15 @@ class _Run:
         """The first images of the set, (count, H, W, 3) uint8, without augmentation."""
         batches = self._epoch(min(count, 256), count)
         return np.concatenate([batch["image"][batch["valid"]] for batch in batches])
+
+
+def _check_finite(weights: Any, stage: Stage, key: str) -> None:
+    """Raises UserError if the last update of a stage has broken its weights."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(weights))):
+        raise UserError(
+            f"the weights of the {stage.name} in {stage.directory} are not finite: remove its "
+            f"checkpoints, and start again with a lower config.{key}.train.lr"
+        )
 
 
 def _columns(count: int) -> int:

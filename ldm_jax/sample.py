@@ -3,6 +3,7 @@
 python -m ldm_jax.sample --workdir=runs/quickstart --num_samples=16
 python -m ldm_jax.sample --workdir=runs/quickstart --label=cat-face --guidance_scale=3
 python -m ldm_jax.sample --workdir=runs/text2img --prompt='a red teapot' --guidance_scale=5
+python -m ldm_jax.sample --workdir=runs/text2img --prompt='a cat' --also='a red teapot:1.5'
 python -m ldm_jax.sample --workdir=runs/layout --layout=boxes.json
 python -m ldm_jax.sample --workdir=runs/any --image=photo.png --mask=hole.png
 python -m ldm_jax.sample --workdir=runs/any --height=1024 --width=1024 --num_samples=1
@@ -31,7 +32,9 @@ _ETA = flags.DEFINE_float("eta", None, "Of ddim: 0 = deterministic to 1 = ancest
 _SPACING = flags.DEFINE_string(
     "spacing", None, "Noise levels visited: leading, linspace, trailing, karras, log_snr, ..."
 )
-_SCALE = flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 = off.")
+_SCALE = flags.DEFINE_float(
+    "guidance_scale", None, "Classifier-free guidance, or see --autoguidance; 1 = off."
+)
 _RESCALE = flags.DEFINE_float(
     "guidance_rescale", None, "0 to 1: keeps guided images from saturating; 0.7 is usual."
 )
@@ -46,7 +49,13 @@ _GRID = flags.DEFINE_bool("grid", True, "Also write all images as one grid.png."
 flags.adopt_module_key_flags(sample_inputs)  # so that --help lists them
 
 READABLE = ("label", "text")  # conditions that samples.json repeats
-RECORDED = ("tile", "resample", "noise_level", "strength")  # and inputs, where they are given
+RECORDED = (
+    "tile",
+    "resample",
+    "noise_level",
+    "strength",
+    "classifier_scale",
+)  # and inputs, where they are given
 
 
 def main() -> None:
@@ -91,6 +100,7 @@ def main() -> None:
             **settings,
         )
         extra = {name: inputs[name] for name in RECORDED if name in inputs}
+        extra |= sample_inputs.recorded()
         if tuple(inputs["size"]) != pipe.check_size(None):
             extra["size"] = inputs["size"]
         record = {"checkpoint_step": pipe.step, **settings, **extra, "seeds": seeds}

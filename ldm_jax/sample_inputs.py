@@ -5,6 +5,7 @@ Its flags are defined here too, so that sample.py is left with settings and outp
 
 from __future__ import annotations
 
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable
@@ -29,6 +30,24 @@ _PROMPT = flags.DEFINE_multi_string(
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "A file of captions, one a line.")
 _NEGATIVE = flags.DEFINE_string(
     "negative_prompt", None, "A caption that guidance leads away from, in place of the empty one."
+)
+_ALSO = flags.DEFINE_multi_string(
+    "also",
+    None,
+    "A further caption or class and its weight after the last colon, such as 'a red teapot:1.5'; "
+    "below 0 leads away from it. May be given several times.",
+)
+_AUTOGUIDANCE = flags.DEFINE_string(
+    "autoguidance",
+    None,
+    "Workdir of a weaker model that --guidance_scale leads away from, in place of the null "
+    "condition.",
+)
+_CLASSIFIER_SCALE = flags.DEFINE_float(
+    "classifier_scale",
+    None,
+    "How much the gradient of the model's classifier is followed towards --label; 1 is Bayes' "
+    "rule, 0 = off.",
 )
 _LAYOUT = flags.DEFINE_string(
     "layout",
@@ -69,7 +88,7 @@ _TILE = flags.DEFINE_integer(
     "tile",
     None,
     "Side of the overlapping tiles in which images are made, in pixels; 0 = all at once. Default: "
-    "at once up to twice the training size, else tiles of the training size.",
+    "at once up to twice the training size (of a dit, up to it), else tiles of the training size.",
 )
 
 
@@ -80,23 +99,36 @@ def read_inputs(pipe: Pipeline, count: int) -> tuple[dict[str, Any], dict[str, n
     Raises:
         UserError: files or values that cannot be used.
     """
+    from ldm_jax.workdir import load
+
     pictures: dict[str, np.ndarray] = {}
     size = _size(pipe)
-    inputs = {"condition": _condition(pipe, count, size, pictures), "size": size}
+    condition = _condition(pipe, count, size, pictures)
+    inputs = {"condition": condition, "size": size}
     # What is not given is left to the defaults of `Pipeline.sample`.
-    inputs |= {f.name: f.value for f in (_TILE, _NOISE_LEVEL) if f.value is not None}
+    given = (_TILE, _NOISE_LEVEL, _CLASSIFIER_SCALE)
+    inputs |= {f.name: f.value for f in given if f.value is not None}
     if _NOISE_LEVEL.value is not None:
         _need(pipe, "noise_level", _NOISE_LEVEL)
     if _NEGATIVE.value is not None:
         _need(pipe, "text", _NEGATIVE)
         inputs["negative"] = {"text": [_NEGATIVE.value] * count}
         _warn_of_cuts(pipe, [_NEGATIVE.value])
+    if _ALSO.value:
+        inputs["also"] = [_also(pipe, text, count) for text in _ALSO.value]
+    if _AUTOGUIDANCE.value:
+        inputs["weak"] = load(_AUTOGUIDANCE.value)
     inputs |= _pixels(count, size, pictures)
     if _RESAMPLE.value:
         inputs["resample"] = _resampling()
     if _INTERPOLATE.value:
         inputs["noise"] = _between_seeds(pipe, count, size)
     return inputs, pictures
+
+
+def recorded() -> dict[str, Any]:
+    """What samples.json repeats of flags whose values `read_inputs` turns into arrays."""
+    return {flag.name: flag.value for flag in (_AUTOGUIDANCE, _ALSO) if flag.value}
 
 
 def memory_check(pipe: Pipeline, inputs: dict[str, Any]) -> Callable[[Memory], None] | None:
@@ -132,6 +164,24 @@ def _need(pipe: Pipeline, conditioner: str, flag: flags.FlagHolder) -> None:
         raise UserError(
             f"--{flag.name} needs a model with the conditioner '{conditioner}': this one has {has}"
         )
+
+
+def _also(pipe: Pipeline, text: str, count: int) -> tuple[dict[str, Any], float]:
+    """A further condition and its weight, of CAPTION:WEIGHT or CLASS:WEIGHT."""
+    wanted, _, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not wanted or not math.isfinite(weight):
+        raise UserError(
+            f"--also={text} must end in a colon and a number, its weight: --also='a red teapot:1.5'"
+        )
+    if "text" in pipe.config.conditioners:
+        _warn_of_cuts(pipe, [wanted])
+        return {"text": [wanted] * count}, weight
+    _need(pipe, "label", _ALSO)
+    return {"label": [pipe.label(wanted)] * count}, weight
 
 
 def _resampling() -> tuple[int, int]:
@@ -170,6 +220,11 @@ def _condition(
         _warn_of_cuts(pipe, found["text"])
     if _LABEL.value:
         chosen = [pipe.label(text) for text in _LABEL.value]
+        if "label" not in c.conditioners and not _CLASSIFIER_SCALE.value:
+            raise UserError(
+                "no conditioner of this model reads --label: leave it away, or add "
+                "--classifier_scale where there is a classifier"
+            )
         found["label"] = [chosen[i % len(chosen)] for i in range(count)]
     elif c.conditioners == ("label",):
         found["label"] = [i % c.label.num_classes for i in range(count)]

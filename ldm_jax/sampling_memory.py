@@ -27,19 +27,36 @@ def attention_bytes(config: ConfigDict, size: tuple[int, int], batch: int) -> in
     """
     d, f = config.denoiser, config.first_stage
     latents = math.prod(size) // config_lib.downsampling(config) ** 2
-
-    def matrix(pixels: int, heads: int) -> int:
-        return 4 * batch * heads * pixels**2
-
-    largest = 0
-    for level, mult in enumerate(d.mult):
-        if 2**level in d.attn_downsample or level == len(d.mult) - 1:  # the middle always has it
-            heads = head_count(mult * d.width, d.num_heads, 0 if d.num_heads else d.head_dim)
-            largest = max(largest, matrix(latents // 4**level, heads))
+    if d.kind == "dit":
+        heads = head_count(d.width, d.num_heads, 0 if d.num_heads else d.head_dim)
+        lengths = {"text": config.text.length, "layout": config.layout.length, "label": 1}
+        told = sum(lengths.get(name, 0) for name in config.conditioners)  # if it is attended to
+        largest = 4 * batch * heads * (latents // d.dit.patch**2 + told) ** 2
+    else:
+        largest = _largest_matrix(d, latents, d.num_heads, batch)
     if f.kind != "identity":
         for level in range(len(f.mult)):
             if 2**level in f.attn_downsample or (f.mid_attn and level == len(f.mult) - 1):
-                largest = max(largest, matrix(math.prod(size) // (f.patch * 2**level) ** 2, 1))
+                pixels = math.prod(size) // (f.patch * 2**level) ** 2
+                largest = max(largest, 4 * batch * pixels**2)
+    return largest
+
+
+def classifier_attention_bytes(config: ConfigDict, size: tuple[int, int], batch: int) -> int:
+    """The same of the classifier, whose gradient also needs that of the matrix."""
+    latents = math.prod(size) // config_lib.downsampling(config) ** 2
+    return 2 * _largest_matrix(config.classifier, latents, 0, batch)
+
+
+def _largest_matrix(network: ConfigDict, latents: int, num_heads: int, batch: int) -> int:
+    """Bytes of the largest matrix of a network of levels on so many latents per image."""
+    largest = 0
+    for level, mult in enumerate(network.mult):
+        if 2**level in network.attn_downsample or level == len(network.mult) - 1:  # the middle
+            heads = head_count(
+                mult * network.width, num_heads, 0 if num_heads else network.head_dim
+            )
+            largest = max(largest, 4 * batch * heads * (latents // 4**level) ** 2)
     return largest
 
 
@@ -52,26 +69,32 @@ def sampling_memory(
     count: int,
     size: tuple[int, int],
     tile: int | None,
-    guided: bool,
+    seen: int = 1,
+    weak: ConfigDict | None = None,
 ) -> Memory:
     """Bytes that sampling takes at most, with what decodes in tiles left out.
 
     Args:
         config: of the model.
-        variables: of the model.
+        variables: of all networks.
         program: `Networks.generate`, compiled for one batch.
         inputs: of that batch.
         count: of all images.
         size: (height, width) of the images.
         tile: side of the tiles in pixels, or None.
-        guided: the network sees each image twice in a call.
+        seen: how often the network sees each image in a call, under several conditions.
+        weak: config of the weaker model that guides it.
     """
     devices, batch = jax.local_device_count(), len(inputs["seeds"])
     arguments = sum(x.nbytes for x in jax.tree.leaves(inputs))
     if memory.free_on_device() is None:  # all devices share the memory of the host
-        seen = size if tile is None else tuple(min(side, tile) for side in size)
+        part = size if tile is None else tuple(min(side, tile) for side in size)
         largest = devices * memory.program_bytes(program) + arguments
-        largest += attention_bytes(config, seen, 2 * batch if guided else batch)
+        uncounted = [attention_bytes(config, part, seen * batch)]
+        uncounted += [] if weak is None else [attention_bytes(weak, part, batch)]
+        if inputs["label"] is not None:
+            uncounted.append(classifier_attention_bytes(config, part, batch))
+        largest += sum(uncounted)  # the networks may run at the same time
     else:
         largest = memory.program_bytes(program) + arguments // devices
     canvas = math.prod(size) * (RESULTS * count + DECODED)

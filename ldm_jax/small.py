@@ -20,7 +20,9 @@ def use_small_model(config: ConfigDict) -> None:
     c.train.update(warmup_steps=20, lr_decay="cosine", betas=(0.9, 0.99))
     c.train.update(log_every=25, picture_every=100, checkpoint_every=100)
 
-    config.denoiser.update(width=64, mult=(1, 2), depth=1, attn_downsample=(2,), head_dim=32)
+    config.denoiser.update(width=64, depth=1, head_dim=32)
+    if config.denoiser.kind == "unet":
+        config.denoiser.update(mult=(1, 2), attn_downsample=(2,))
     config.diffusion.predict = "v"
     config.train.update(batch_size=32, steps=560, optimizer="muon", lr=0.02, betas=(0.9, 0.99))
     config.train.update(warmup_steps=20, lr_decay="cosine")

@@ -1,5 +1,7 @@
 """Trains a latent diffusion model: the first stage, then the diffusion model on its latents.
 
+Where the config asks for it, a classifier of noisy latents follows (config.classifier).
+
     python -m ldm_jax.train --config=configs/quickstart.py
     python -m ldm_jax.train --config=configs/quickstart.py:smoke --config.train.lr=1e-4
 
@@ -24,7 +26,7 @@ _ALLOW_CHANGE = flags.DEFINE_bool(
 
 
 def main() -> None:
-    """Reads the flags and runs both stages."""
+    """Reads the flags and runs all stages."""
     config = cli.read_config(_CONFIG)
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
     from ldm_jax.run import run  # imports jax: bad flags are answered before that

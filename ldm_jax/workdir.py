@@ -9,6 +9,7 @@ workdir/
     latents.json         rule, shift and scale of its latents z, which become (z - shift) * scale;
                          mean, std, channel_mean and channel_std of z over a number of `images`,
                          or `images` 0 alone where the rule measures nothing
+  classifier/            weights.safetensors of noisy latents, and the files of its own training
   checkpoints/<step>/    of the diffusion model
   ema/                   averages of the weights kept along the run, and what `ema` makes of them
   samples/               grids
@@ -32,6 +33,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, random, tensors
 from ldm_jax import config as config_lib
+from ldm_jax.classifier_files import open_classifier, save_classifier
 from ldm_jax.data import scenes_vocabulary
 from ldm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_jax.errors import UserError
@@ -44,8 +46,6 @@ WEIGHTS = "weights.safetensors"
 LATENTS = "latents.json"
 TOKENIZER = "tokenizer"
 AVERAGES = "ema"
-# Keys of the denoiser and the conditioners that may differ where weights are reused.
-NOT_WEIGHTS = ("denoiser.dropout", "denoiser.remat", "text.tokenizer")
 # What a first stage's weights depend on; how it was trained does not matter to who uses it.
 ARCHITECTURE = ("kind", "width", "mult", "depth", "attn_downsample", "mid_attn", "z_channels")
 ARCHITECTURE += ("channels", "codes", "levels", "patch", "norm_groups")
@@ -231,15 +231,17 @@ def save_model(
 ) -> None:
     """Writes a whole model so that `load` reads it, tensor by tensor.
 
-    `weights` has 'first_stage', 'denoiser' and 'conditioner', as in `Pipeline.variables`, or some
-    of them. The config comes last: without it, a folder whose writing was interrupted is no
-    workdir.
+    `weights` has 'first_stage', 'denoiser', 'conditioner' and 'classifier', as in
+    `Pipeline.variables`, or some of them. The config comes last: without it, a folder whose writing
+    was interrupted is no workdir.
     """
     if "first_stage" in weights:
         save_first_stage(workdir / "first_stage", config, weights["first_stage"])
     parts = {name: weights[name] for name in ("denoiser", "conditioner") if name in weights}
     if parts:
         tensors.save_tensors(workdir / WEIGHTS, parts, {"step": str(step)})
+    if "classifier" in weights:
+        save_classifier(workdir, weights["classifier"])
     if label_names:
         write_labels(workdir, label_names)
     if tokenizer is not None:
@@ -261,24 +263,6 @@ def has_checkpoint(workdir: pathlib.Path) -> bool:
     """Tells whether a run has stored a step of its diffusion model."""
     directory = workdir / "checkpoints"
     return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
-
-
-def check_same_architecture(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-    """Checks that the denoiser and the conditioners of a workdir are those of a config.
-
-    Raises:
-        UserError: no workdir there, or another architecture, named by its first key.
-    """
-    theirs, ours = read_config(pathlib.Path(workdir)), config
-    blocks = ("denoiser", *(name for name in ours.conditioners if name in ours))
-    for key in ("conditioners", *blocks):
-        pair = (config_lib.flatten({key: block[key]}) for block in (theirs, ours))
-        for (name, value), wanted in zip(*(sorted(flat.items()) for flat in pair), strict=True):
-            if value != wanted[1] and name not in NOT_WEIGHTS:
-                raise UserError(
-                    f"config.{name} is {wanted[1]!r}, but the model in {workdir} has {value!r}: "
-                    "set config.init_from='', or the key to that value"
-                )
 
 
 def load_weights(workdir: str | os.PathLike[str], config: ConfigDict) -> tuple[int, dict[str, Any]]:
@@ -327,7 +311,7 @@ def load(workdir: str | os.PathLike[str]) -> Pipeline:
         raise UserError(f"the first stage in {root} is not trained yet: run ldm_jax.train again")
     if config.train.steps > 0:  # else it is a first stage only
         step, weights = load_weights(root, config)
-        variables |= weights
+        variables |= weights | jax.tree.map(np.asarray, open_classifier(root, config))
     return Pipeline(config, variables, step, read_labels(root), read_tokenizer(root, config))
 
 

@@ -18,6 +18,16 @@ def test_what_is_off_is_compiled_away():
     assert make_guidance(config(), 3.0, 0.0, (0.0, 1.0), False) == Guidance(3.0, None, None)
 
 
+def test_what_is_not_given_is_the_configs_where_there_is_guidance():
+    c = config()
+    c.sample.update(guidance_scale=1.0, guidance_rescale=0.7, guidance_interval=(0.0, 0.5))
+    assert make_guidance(c) == Guidance()
+    assert make_guidance(c, 3.0) == Guidance(3.0, 0.7, (0.0, 500.0))
+    composed = make_guidance(c, weights=(2, -0.5), classifier_scale=10)
+    assert composed == Guidance(1.0, 0.7, (0.0, 500.0), (2.0, -0.5), 10.0)
+    assert make_guidance(config(()), 2.0, weak=True) == Guidance(2.0)
+
+
 def test_an_interval_becomes_times():
     found = make_guidance(config(), 3.0, 0.7, (0.25, 0.75), True)
     assert found == Guidance(3.0, 0.7, (250.0, 750.0))

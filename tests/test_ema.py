@@ -1,6 +1,7 @@
 """Averages that a run keeps, and the command that makes models of them."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -94,13 +95,33 @@ def test_a_resumed_run_stores_the_same_and_nothing_twice(workdir, tmp_path):
             assert path.stat().st_mtime_ns == written[name], name
 
 
+def test_a_run_that_goes_on_otherwise_forgets_what_it_was(tmp_path):
+    """Averages of steps 4, 8 and 10, the newest checkpoint at 6: those of 8 and 10 must go."""
+    root = tmp_path / "run"
+    run(make_config(10), root)
+    shutil.rmtree(root / "checkpoints" / "10")
+    (root / "ema" / "std_0.1_step_0000010").mkdir()  # what the command has made stays
+    old = {name: path.read_bytes() for name, path in snapshots(root).items()}
+    other = make_config(10).copy_and_resolve_references()
+    other.train.lr, other.ema_snapshots.every = 1e-3, 5
+    run(other, root, allow_config_change=True)
+    found = snapshots(root)
+    assert {int(name[-19:-12]) for name in found} == {4, 10}
+    for name, path in found.items():
+        assert (path.read_bytes() == old[name]) == ("0000004" in name)
+    assert (root / "ema" / "std_0.1_step_0000010").is_dir()
+
+
 def test_averages_cannot_be_added_to_a_run_that_went_on_without(tmp_path):
     config = make_config(2).copy_and_resolve_references()
     config.ema_snapshots.update(stds=(), decays=())
     run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "ema").exists()
-    with pytest.raises(UserError, match=r"checkpoint .* does not fit this config: .*averages\."):
+    named = r"another config\.ema_snapshots\.decays, config\.ema_snapshots\.stds: set these as"
+    with pytest.raises(UserError, match=rf"the checkpoints in .* {named}.*init_from="):
         run(make_config(4), tmp_path / "run", allow_config_change=True)
+    # Nothing has changed: the run goes on as it was.
+    assert files.read_config(tmp_path / "run").ema_snapshots.stds == ()
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_sample_command(workdir, tmp_path):
     done = command(
         "sample", f"--workdir={workdir}", "--num_samples=3", "--seed=7", "--steps=3",
         "--label=cat-face,3", "--guidance_scale=1.5", "--eta=0.5", f"--out={out}",
+        "--also=5:0.5", f"--autoguidance={workdir}",
     )  # fmt: skip
     assert "3 images of step 2" in done.stdout
     assert sorted(p.name for p in out.iterdir()) == [
@@ -173,11 +174,15 @@ def test_sample_command(workdir, tmp_path):
         "eta": 0.5,
         "guidance_scale": 1.5,
         "spacing": "leading",
+        "also": ["5:0.5"],
+        "autoguidance": str(workdir),
         "seeds": [7, 8, 9],
         "condition": {"label": [cat, 3, cat]},
     }
     # The same seed and class from Python, on eight devices instead of one.
-    again = ldm_jax.load(workdir).sample([8], {"label": [3]}, steps=3, eta=0.5, guidance_scale=1.5)
+    pipe = ldm_jax.load(workdir)
+    guides = dict(guidance_scale=1.5, also=[({"label": [5]}, 0.5)], weak=pipe)
+    again = pipe.sample([8], {"label": [3]}, steps=3, eta=0.5, **guides)
     image = np.asarray(Image.open(out / "000001.png"), int)
     assert np.abs(image - again[0].astype(int)).max() <= 1
 

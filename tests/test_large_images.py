@@ -47,6 +47,23 @@ def test_tiles_begin_beyond_twice_the_training_size(plain, size, tile, chosen):
     assert arguments.choose_tile(plain.config, size, tile) == chosen
 
 
+@pytest.mark.parametrize(
+    ("size", "tile", "chosen"),
+    [
+        ((32, 32), None, None),
+        ((16, 32), None, None),
+        ((32, 40), None, 32),
+        ((64, 64), None, 32),
+        ((64, 64), 0, None),
+        ((64, 64), 40, 40),
+    ],
+)
+def test_tiles_of_a_transformer_begin_beyond_the_training_size(plain, size, tile, chosen):
+    config = plain.config.copy_and_resolve_references()
+    config.denoiser.kind = "dit"
+    assert arguments.choose_tile(config, size, tile) == chosen
+
+
 @pytest.mark.parametrize("tile", [-4, 4, 8, 12, 18])
 def test_tiles_that_the_model_cannot_take(plain, tile):
     with pytest.raises(UserError, match=rf"tiles of {tile} pixels: .* of 4, and tiles of 16 or"):
@@ -174,6 +191,9 @@ def test_attention_between_all_pixels_is_counted(plain):
     assert attention_bytes(plain.config, (512, 512), 3) == 3 * 4 * 128**4
     deeper = model(**{"denoiser.mult": (1, 2), "denoiser.head_dim": 32})
     assert attention_bytes(deeper.config, (512, 256), 1) == 2 * 4 * (64 * 32) ** 2
+    transformer = plain.config.copy_and_resolve_references()
+    transformer.denoiser.update(kind="dit", num_heads=2)  # of 64 x 64 patches
+    assert attention_bytes(transformer, (512, 512), 3) == 3 * 2 * 4 * 64**4
 
 
 def test_more_than_is_free_is_refused_and_tiles_are_named(plain, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """How well samples obey their conditions: judges, figures and the command, on untrained models."""
 
 import json
+import os
 
 import jax
 import numpy as np
@@ -242,6 +243,106 @@ def test_large_images_are_judged_at_64():
     np.testing.assert_array_equal(small[0, :, 0, 0], np.arange(64))
     np.testing.assert_array_equal(judging.judged_maps(images[..., 0])[0, :, 0], np.arange(64))
     assert judging.judged_size(images[:, :48, :48]).shape == (1, 48, 48, 3)
+
+
+def test_what_judges_are_fitted_to_is_reduced_while_it_is_read(tmp_path):
+    config = toy("label", "segmentation", **{"data.resolution": 128})
+    full = read_examples(config, tmp_path, "train[:300]", 5)
+    small = read_examples(config, tmp_path, "train[:300]", 5, reduce=judging.reduced)
+    assert small.images.shape == (5, 64, 64, 3)
+    np.testing.assert_array_equal(small.images, judging.judged_size(full.images))
+    maps = judging.judged_maps(full.fields["segmentation"])
+    np.testing.assert_array_equal(small.fields["segmentation"], maps)
+    np.testing.assert_array_equal(small.fields["label"], full.fields["label"])
+    assert small.names == full.names and small.ground == full.ground == 0
+    # What they see of images that are reduced already is the same.
+    np.testing.assert_array_equal(judging.judged_size(small.images), small.images)
+    whole = judging.reduced({"image": full.images, "mask": full.images}, whole=True)
+    assert set(whole) == {"image"} and whole["image"].shape == (5, 128, 128, 3)
+
+
+@pytest.mark.parametrize("kind", ["label", "layout"])
+def test_classes_of_other_data_are_found_by_name(kind, tmp_path):
+    config, split = toy(kind), "train[300:600]"
+    plain = read_examples(config, tmp_path, split, 5)
+    known = plain.label_names
+    assert read_examples(config, tmp_path, split, 5, known).label_names == known
+    names = ["other", *reversed(known)]
+    found = read_examples(config, tmp_path, split, 5, names)
+    assert found.label_names == tuple(names) and found.num_labels == 7
+    if kind == "label":
+        want = [names.index(known[i]) for i in plain.fields["label"]]
+        np.testing.assert_array_equal(found.fields["label"], want)
+    else:
+        for ours, theirs in zip(found.fields["boxes"], plain.fields["boxes"], strict=True):
+            pairs = zip(*(judging.visible_boxes(x, 401) for x in (ours, theirs)), strict=True)
+            assert all(names[a[0]] == known[b[0]] and a[1:] == b[1:] for a, b in pairs)
+    with pytest.raises(UserError, match=rf"class '{known[1]}' and 4 more, which the model has not"):
+        read_examples(config, tmp_path, split, 5, [known[0]])
+
+
+def test_the_command_takes_classes_of_other_data_by_name(tmp_path):
+    config = toy("label", **{"data.source": "emoji"})
+    with pytest.raises(UserError, match="the data have the class 'animal' and 5 more, which the"):
+        evaluate_conditions(save(tmp_path, config), Request(source="scenes"))
+
+
+@pytest.mark.parametrize("kind", ["label", "text", "segmentation"])
+def test_samples_are_judged_once(kind, tmp_path, monkeypatch):
+    config = toy(kind)
+    held = read_examples(config, tmp_path, "train[300:600]", 4)
+    seen = []
+
+    def scores(network, judge, images):
+        seen.append(len(images))
+        return np.zeros((len(images), *([32, 32] if kind == "segmentation" else []), 7))
+
+    def embeddings(judge, images, texts):
+        seen.append(len(images))
+        return np.ones((len(images), 2)), np.ones((len(texts), 2))
+
+    monkeypatch.setattr(judging, "scores", scores)
+    monkeypatch.setattr(judging, "embeddings", embeddings)
+    context = Context(config, held, lambda kind: {}, None)
+    FIGURES[kind](context, held.images, derangement(4))
+    assert seen == [4, 4]  # the samples, and the real images
+
+
+def test_maps_without_a_ground_have_no_objects(tmp_path, monkeypatch):
+    config = toy("segmentation")
+    held = read_examples(config, tmp_path, "train[300:600]", 4)
+    monkeypatch.setattr(judging, "scores", lambda network, judge, x: np.zeros((4, 32, 32, 7)))
+    figures = {}
+    for ground in (0, None):
+        context = Context(config, held._replace(ground=ground), lambda kind: {}, None)
+        figures[ground] = set(FIGURES["segmentation"](context, held.images, derangement(4)))
+    assert figures == {0: {"pixel_agreement", "object_pixel_agreement"}, None: {"pixel_agreement"}}
+
+
+def test_a_judge_of_a_folder_follows_from_its_files(tmp_path, monkeypatch):
+    root, fitted = tmp_path / "images", []
+    root.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / f"{i}.png")
+    config = toy("label", **{"data.source": f"folder:{root}"})
+    fit = lambda *args: fitted.append(1) or {"images": 3}  # noqa: E731
+    monkeypatch.setitem(judging.FITTED, "label", fit)
+    held = read_examples(toy("label"), tmp_path, "train[:4]")
+
+    def fits():
+        judging.load_judge(tmp_path / "judges", "label", config, lambda: held)
+        return len(fitted)
+
+    assert fits() == fits() == 1
+    (root / "notes.txt").write_text("no image")
+    assert fits() == 1
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(root / "3.png")
+    assert fits() == 2
+    stat = (root / "0.png").stat()
+    os.utime(root / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert fits() == 3
+    (root / "metadata.jsonl").write_text('{"file_name": "0.png"}')
+    assert fits() == 4
 
 
 def test_words():

@@ -33,7 +33,7 @@ from ldm_jax.convert.diffusers_configs import (
     write_first_stage,
     write_unet,
 )
-from ldm_jax.convert.diffusers_keys import FIRST_STAGES, UNETS
+from ldm_jax.convert.diffusers_keys import FIRST_STAGES, FLOW, UNETS
 from ldm_jax.convert.diffusers_parts import (
     SUPER_RESOLUTION,
     Parts,
@@ -282,8 +282,8 @@ def _pipeline(model: Model) -> dict[str, Any] | None:
     unet = "UNet2DConditionModel" if config.denoiser.cross_attention else "UNet2DModel"
     parts = {"unet": ["diffusers", unet], "scheduler": ["diffusers", scheduler]}
     latent = {homes["first_stage"]: ["diffusers", first_stage]}
-    if np.any(np.asarray(model.weights["first_stage"]["latents"]["shift"])):
-        return None
+    if scheduler == FLOW or np.any(np.asarray(model.weights["first_stage"]["latents"]["shift"])):
+        return None  # no pipeline of a UNet takes such a scheduler, or shifts latents
     if config.conditioners == () and not first_stage:
         name = "DDPMPipeline" if scheduler == "DDPMScheduler" else "DDIMPipeline"
         return {"_class_name": name} | parts

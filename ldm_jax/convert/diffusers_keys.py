@@ -136,17 +136,33 @@ SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", "LMSDiscreteScheduler"),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler",),
     "heun": ("HeunDiscreteScheduler",),
+    "deis": ("DEISMultistepScheduler",),
+    "unipc": ("UniPCMultistepScheduler",),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
 }
+# Those that can move the betas so that the last time step is pure noise.
+ZERO_SNR = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler")
+ZERO_SNR += ("EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler")
 SCHEDULER_FIXED = {
     "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
     "use_flow_sigmas": (False,),
     "use_exponential_sigmas": (False,),
     "use_beta_sigmas": (False,),
     "use_lu_lambdas": (False,),
     "thresholding": (False,),
-    "algorithm_type": ("dpmsolver++", "dpmsolver"),
+    "algorithm_type": ("dpmsolver++", "dpmsolver", "deis"),
+}
+# The only scheduler of straight paths that one of our samplers follows.
+FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_FIXED = {
+    "shift": (1.0,),  # of the levels that are visited, which no spacing of ours does
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+    "invert_sigmas": (False,),
+    "use_karras_sigmas": (False,),  # of sigma, not of sigma / alpha as ours
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "stochastic_sampling": (False,),
 }
 
 

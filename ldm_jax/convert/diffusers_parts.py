@@ -16,11 +16,14 @@ from ldm_jax.conditioners.text import TextTransformer
 from ldm_jax.convert.diffusers_configs import read_first_stage, read_unet
 from ldm_jax.convert.diffusers_keys import (
     FIRST_STAGES,
+    FLOW,
+    FLOW_FIXED,
     PREDICTIONS,
     SCHEDULER_FIXED,
     SCHEDULERS,
     SCHEDULES,
     UNETS,
+    ZERO_SNR,
     Given,
     choose,
     inverse,
@@ -37,24 +40,34 @@ Parts = dict[str, dict[str, Any]]
 
 SUPER_RESOLUTION = "LDMSuperResolutionPipeline"
 HEAD_DIM = TextTransformer.head_dim  # no key of our config
+OPEN = ("dpmpp", "deis", "unipc")  # whose 'linspace' is our 'linspace_open'
 
 
 def read_scheduler(given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a scheduler's config: what differs in the blocks `diffusion` and `sample` of ours.
+
+    The noise process is theirs; the sampler is the nearest, as the order of a solver (3 of deis and
+    unipc) only says how fast its steps converge.
 
     Raises:
         UserError: another noise process than ours.
     """
     name = given["_class_name"]
     ours = next((sampler for sampler, names in SCHEDULERS.items() if name in names), None)
-    if ours is None:
-        known = ", ".join(names[0] for names in SCHEDULERS.values())
+    if ours is None and name != FLOW:
+        known = ", ".join([*(names[0] for names in SCHEDULERS.values()), FLOW])
         raise UserError(f"the scheduler {short(name)} has no counterpart here: choose from {known}")
-    for key, values in SCHEDULER_FIXED.items():
+    for key, values in (FLOW_FIXED if name == FLOW else SCHEDULER_FIXED).items():
         if given.get(key) not in (None, *values):
             refuse(name, key, given[key], repr(values[0]))
     if str(given.get("variance_type")).startswith("learned"):
         refuse(name, "variance_type", given["variance_type"], "fixed")
+    if name == FLOW:
+        steps = number(name, {"num_train_timesteps": 1000} | dict(given), "num_train_timesteps")
+        diffusion = dict(schedule="flow", predict="flow", steps=steps)
+        return diffusion, dict(sampler="euler", spacing="linspace", eta=0.0)
+    if given.get("rescale_betas_zero_snr") and name not in ZERO_SNR:
+        refuse(name, "rescale_betas_zero_snr", True, "False")
     ends = (0.00085, 0.012) if name == "HeunDiscreteScheduler" else (0.0001, 0.02)
     defaults = {"beta_schedule": "linear", "prediction_type": "epsilon", "beta_start": ends[0]}
     defaults |= {"beta_end": ends[1], "num_train_timesteps": 1000}
@@ -65,12 +78,13 @@ def read_scheduler(given: Given) -> tuple[dict[str, Any], dict[str, Any]]:
         beta=(float(c["beta_start"]), float(c["beta_end"])),
         steps=number(name, c, "num_train_timesteps"),
         predict=choose(name, c, "prediction_type", inverse(PREDICTIONS)),
+        zero_terminal_snr=bool(c.get("rescale_betas_zero_snr")),
     )
     if ours == "dpmpp_2m":
         orders = {2: "dpmpp_2m", 3: "dpmpp_3m"}
         ours = choose(name, {"solver_order": 2} | c, "solver_order", orders)
     spacing = "karras" if c.get("use_karras_sigmas") else c["timestep_spacing"]
-    if spacing == "linspace" and ours.startswith("dpmpp"):
+    if spacing == "linspace" and ours.startswith(OPEN):
         spacing = "linspace_open"
     if spacing not in SAMPLERS[ours].spacings:
         spacing = "leading"
@@ -85,16 +99,17 @@ def write_scheduler(config: ConfigDict) -> dict[str, Any]:
         UserError: diffusers has no such noise schedule.
     """
     d, s = config.diffusion, config.sample
+    if d.schedule == "flow":
+        return _write_flow(config)
     if d.schedule not in SCHEDULES:
         raise UserError(
             f"diffusers has no noise schedule like config.diffusion.schedule='{d.schedule}': "
             "export to another format"
         )
-    if d.predict not in PREDICTIONS or d.zero_terminal_snr:
-        key = "zero_terminal_snr" if d.zero_terminal_snr else "predict"
+    if d.predict not in PREDICTIONS:
         raise UserError(
-            f"config.diffusion.{key}={d[key]!r} cannot be exported to diffusers: export to another "
-            "format"
+            f"config.diffusion.predict='{d.predict}' cannot be exported to diffusers: export to "
+            "another format"
         )
     sampler = s.sampler.removesuffix("_sde").replace("dpmpp_3m", "dpmpp_2m")
     if sampler not in SCHEDULERS or s.spacing in ("quad", "log_snr"):
@@ -102,8 +117,14 @@ def write_scheduler(config: ConfigDict) -> dict[str, Any]:
         raise UserError(
             f"config.sample.{key}='{s[key]}' cannot be exported to diffusers: choose another"
         )
+    name = SCHEDULERS[sampler][0]
+    if d.zero_terminal_snr and name not in ZERO_SNR:
+        raise UserError(
+            f"diffusers' {name} knows no zero_terminal_snr: set config.sample.sampler to another "
+            f"than '{s.sampler}', or export to another format"
+        )
     given = dict(
-        _class_name=SCHEDULERS[sampler][0],
+        _class_name=name,
         num_train_timesteps=d.steps,
         beta_start=d.beta[0],
         beta_end=d.beta[1],
@@ -117,17 +138,43 @@ def write_scheduler(config: ConfigDict) -> dict[str, Any]:
         given |= dict(timestep_spacing=s.spacing.removesuffix("_open"), steps_offset=0)
     elif s.spacing == "karras":
         given |= dict(timestep_spacing="linspace", steps_offset=0, use_karras_sigmas=True)
+    if d.zero_terminal_snr:
+        given["rescale_betas_zero_snr"] = True
     if sampler in ("ddim", "ddpm"):
         given["clip_sample"] = False  # latents have no range
     if sampler in ("ddim", "plms"):
         given["set_alpha_to_one"] = False  # the last step ends at the first time step
     if sampler == "plms":
         given["skip_prk_steps"] = True
+    if sampler in ("deis", "unipc"):
+        given["solver_order"] = 3
     if sampler == "dpmpp_2m":
         given["solver_order"] = 3 if s.sampler.startswith("dpmpp_3m") else 2
         if s.sampler.endswith("_sde"):
             given["algorithm_type"] = "sde-dpmsolver++"
     return given
+
+
+def _write_flow(config: ConfigDict) -> dict[str, Any]:
+    """The scheduler of a flow; what times training draws does not concern it.
+
+    Raises:
+        UserError: it would not make the same steps.
+    """
+    d, s = config.diffusion, config.sample
+    euler = s.sampler == "euler" or (s.sampler == "ddim" and s.eta == 0)  # the same on a flow
+    for fits, key, want in (
+        (d.predict == "flow", "diffusion.predict", "'flow'"),
+        (euler, "sample.sampler", "'euler'"),
+        (s.spacing == "linspace", "sample.spacing", "'linspace'"),
+    ):
+        if not fits:
+            block, name = key.split(".")
+            raise UserError(
+                f"config.{key}='{config[block][name]}' cannot be exported to diffusers with "
+                f"schedule 'flow': only {want} can"
+            )
+    return dict(_class_name=FLOW, num_train_timesteps=d.steps, shift=1.0)
 
 
 def read_text(module: nn.Module) -> dict[str, Any]:

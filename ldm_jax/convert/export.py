@@ -9,6 +9,7 @@ import yaml
 
 from ldm_jax import tensors
 from ldm_jax import workdir as files
+from ldm_jax.classifier_files import open_classifier
 from ldm_jax.convert.compvis_model import write_model
 from ldm_jax.convert.diffusers import write_folder
 from ldm_jax.convert.model import Model, without_local
@@ -27,7 +28,7 @@ def open_model(workdir: pathlib.Path) -> Model:
     step, tokenizer = 0, files.tokenizer_folder(workdir, config)
     if config.train.steps > 0:
         step, parts = files.open_weights(workdir, config)
-        weights |= parts
+        weights |= parts | open_classifier(workdir, config)
     return Model(config, weights, tokenizer, files.read_labels(workdir), step)
 
 

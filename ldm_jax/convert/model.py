@@ -28,7 +28,8 @@ class Model(NamedTuple):
     Attributes:
         config: checked, of the whole model; `train.steps` 0 marks a first stage on its own.
         weights: 'first_stage' (variables) and, unless it is a first stage only, 'denoiser' and
-            'conditioner' (params), as `Pipeline.variables`.
+            'conditioner' (params), as `Pipeline.variables`; 'classifier' where there is one, which
+            no other layout has a place for.
         tokenizer: folder with the vocabulary of the text encoder, or None.
         label_names: of the classes, or None.
         step: updates that the weights have seen; 0 where that is not known.

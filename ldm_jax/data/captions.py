@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.data.sources import Source
+from ldm_jax.data.sources import Source, size_of
 from ldm_jax.errors import UserError
 
 # List of K captions -> tokens (K, L) int32, and of each caption the end that was cut off, or ''.
@@ -60,6 +60,10 @@ class CaptionedSource:
 
     def name(self, index: int) -> str:
         return self._source.name(index)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        return size_of(self._source, index)
 
     @property
     def cut_share(self) -> float:

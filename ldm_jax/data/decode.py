@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 from ldm_jax.errors import UserError
 
 WHITE = (255, 255, 255)
+_ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # EXIF: these exchange height and width
 
 
 def decode_image(
@@ -31,10 +33,31 @@ def decode_image(
                 raise ValueError("it has no pixels")
             return _to_rgb(ImageOps.exif_transpose(image), background)
     except Exception as error:  # Pillow raises many kinds, even SyntaxError, for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"cannot decode the image {name} ({reason}): repair, replace or remove it"
-        ) from error
+        raise _undecodable(name, error) from error
+
+
+def image_size(file: bytes | str | os.PathLike | IO[bytes], name: str) -> tuple[int, int]:
+    """Height and width of an image as `decode_image` would give it, from the file's header alone.
+
+    Raises:
+        UserError: the header cannot be read; the message contains `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            width, height = image.size
+            # Of a PNG without EXIF before its pixels, Pillow would decode all to look behind them.
+            look = image.format != "PNG" or "exif" in image.info
+            turned = look and image.getexif().get(_ORIENTATION) in _TURNED
+    except UserError:
+        raise
+    except Exception as error:
+        raise _undecodable(name, error) from error
+    return (width, height) if turned else (height, width)
+
+
+def _undecodable(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"cannot decode the image {name} ({reason}): repair, replace or remove it")
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
@@ -59,6 +60,20 @@ def list_folder(root: pathlib.Path) -> tuple[list[str], dict[str, list], list[st
         columns["label"] = [part[0] for part in parts]
     columns["file_name"] = names
     return names, columns, splits
+
+
+def fingerprint(root: pathlib.Path) -> str:
+    """Tells whether the files that `list_folder` reads, or only looks at, are others than before.
+
+    It is made of their names, sizes and times of change; that of a folder that is not there is one
+    without files.
+    """
+    files, described = _walk(root)
+    said = hashlib.sha256()
+    for name in (*files, *(f"{directory}/{METADATA}" for directory in described)):
+        stat = (root / name).stat()
+        said.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return said.hexdigest()
 
 
 def _walk(root: pathlib.Path) -> tuple[list[str], list[str]]:

@@ -15,11 +15,16 @@ _ORDER, _UNIFORM = range(2)  # streams of a seed
 _BLOCK = 4  # Philox makes its 64-bit numbers in blocks of four, one per count
 
 
+def permutation(seed: int, epoch: int, count: int, part: int = 0) -> np.ndarray:
+    """The order of `count` things in an epoch: (count,) int32; those of other parts differ."""
+    bits = _philox(seed, _ORDER, [0, epoch, part, 0]).random_raw(count)
+    return np.argsort(bits, kind="stable").astype(np.int32)
+
+
 @functools.lru_cache(maxsize=4)  # batches in the making at an epoch boundary need two
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of `count` examples in an epoch: (count,) int32, a permutation."""
-    bits = _philox(seed, _ORDER, [0, epoch, 0, 0]).random_raw(count)
-    return np.argsort(bits, kind="stable").astype(np.int32)
+    return permutation(seed, epoch, count)
 
 
 def uniforms_at(seed: int, position: int, count: int, width: int) -> np.ndarray:

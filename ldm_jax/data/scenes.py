@@ -124,6 +124,7 @@ class SceneSource:
     columns = ("boxes", "segmentation", "text", "label")
     label_names = tuple(CLASSES)
     segmentation_names = (GROUND, *CLASSES)
+    segmentation_ground = 0
     num_labels = len(CLASSES)
     flippable = False
 
@@ -164,6 +165,10 @@ class SceneSource:
 
     def name(self, index: int) -> str:
         return f"scene {self._indices[index]} of {self._split}"
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        return (self._resolution,) * 2
 
 
 def open_scenes(split: str = "train", *, resolution: int = 64, seed: int = 0) -> SceneSource:

@@ -12,14 +12,16 @@ from typing import Protocol
 import numpy as np
 
 from ldm_jax.data.condition_files import read_classes
-from ldm_jax.data.decode import WHITE, decode_image
+from ldm_jax.data.decode import WHITE, decode_image, image_size
 from ldm_jax.data.folder import METADATA, list_folder, read_jsonl
 from ldm_jax.data.scenes import EMOJI, open_scenes
 from ldm_jax.data.table import TableSource, select_table
+from ldm_jax.data.tar_source import open_tar
 from ldm_jax.data.tfds_source import TfdsSource
 from ldm_jax.errors import UserError
 
-KINDS = ("emoji", "scenes", "folder:/path/to/images", "tfds:NAME")
+KINDS = ("emoji", "scenes", "folder:/path/to/images", "tar:/path/to/shard-{000..009}.tar")
+KINDS += ("tfds:NAME",)
 
 
 class Source(Protocol):
@@ -59,7 +61,8 @@ def open_source(
     Args:
         spec: 'emoji', the embedded set of 1,852 images of 64x64 with captions and 9 classes;
             'scenes', composed of some of them, with boxes, maps and captions (see scenes.py);
-            'folder:/path', any image folder (see `list_folder`); or 'tfds:NAME', a prepared set of
+            'folder:/path', any image folder (see `list_folder`); 'tar:/path/shard-{000..009}.tar',
+            shards of the WebDataset layout (see `open_tar`); or 'tfds:NAME', a prepared set of
             tensorflow_datasets.
         split: such as 'train', 'test' or a slice 'train[:90%]' (see `split_rows`; tfds slices by
             its own order). The embedded set has only 'train'.
@@ -85,9 +88,17 @@ def open_source(
         return open_scenes(split)
     if kind == "folder" and rest:
         return _open_folder(pathlib.Path(rest).expanduser(), background, **choice)
+    if kind == "tar" and rest:
+        return open_tar(rest, background, **choice)
     if kind == "tfds" and rest:
         return TfdsSource(rest, background=background, **choice)
     raise UserError(f"unknown data source '{spec}'; choose one of: {', '.join(KINDS)}")
+
+
+def size_of(source: Source, index: int) -> tuple[int, int]:
+    """Height and width of an image of a source, from its header where the source can tell."""
+    measure = getattr(source, "image_size", None)
+    return measure(index) if measure else source[index]["image"].shape[:2]
 
 
 def _open_emoji(background: tuple[int, int, int], *, label: str, **choice: str) -> TableSource:
@@ -129,7 +140,16 @@ def _open_folder(
     def read_map(name: str) -> np.ndarray:
         return read_classes(root / name)
 
-    loaders = {"segmentation": read_map}
+    def measure(name: str) -> tuple[int, int]:
+        return image_size(root / name, str(root / name))
+
     return select_table(
-        names, columns, splits, read, title=f"the folder {root}", loaders=loaders, **choice
+        names,
+        columns,
+        splits,
+        read,
+        title=f"the folder {root}",
+        loaders={"segmentation": read_map},
+        measure=measure,
+        **choice,
     )

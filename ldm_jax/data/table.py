@@ -23,6 +23,7 @@ class TableSource:
         columns: name -> values (N,), None where an image has no value.
         read: decodes the image of a name to (H, W, 3) uint8; called from several threads.
         loaders: column -> what gives its values, of what `columns` holds; likewise.
+        measure: tells the height and width of the image of a name without decoding it; likewise.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class TableSource:
         label_names: tuple[str, ...] | None = None,
         num_labels: int = 0,
         loaders: Mapping[str, Callable[[str], np.ndarray]] | None = None,
+        measure: Callable[[str], tuple[int, int]] | None = None,
     ):
         self._names = names
         self._values = columns
         self._read = read
         self._loaders = dict(loaders or {})
+        self._measure = measure
         self.columns = tuple(columns)
         self.label_names = label_names
         self.num_labels = num_labels
@@ -55,6 +58,11 @@ class TableSource:
     def name(self, index: int) -> str:
         return self._names[index]
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        name = self._names[index]
+        return self._measure(name) if self._measure else self._read(name).shape[:2]
+
 
 def select_table(
     names: list[str],
@@ -67,6 +75,7 @@ def select_table(
     label: str,
     title: str,
     loaders: Mapping[str, Callable[[str], np.ndarray]] | None = None,
+    measure: Callable[[str], tuple[int, int]] | None = None,
 ) -> TableSource:
     """Makes the source of the rows that `split` and `where` select, labelled by `label`.
 
@@ -91,6 +100,7 @@ def select_table(
         label_names,
         num_labels,
         loaders,
+        measure,
     )
 
 

@@ -1,7 +1,8 @@
 """The fields that conditions are made of, from an example and what its crop left of it.
 
 A task's field is one function here: (image, example, draw) -> arrays, where `image` is the cropped
-(R, R, 3) uint8 and `draw` says how it was cropped and holds the random numbers of the example.
+(R, R, 3) uint8, or of the size of its bucket, and `draw` says how it was cropped and holds the
+random numbers of the example.
 """
 
 from __future__ import annotations
@@ -110,10 +111,10 @@ def layout(length: int, vocab_size: int) -> Maker:
         height, width = example["image"].shape[:2]
         entries = flip_boxes(example["boxes"], width) if draw.flip else example["boxes"]
         boxes = boxes_from_coco(entries, height=height, width=width)
-        top, left, side = crop_box(height, width, draw)
+        top, left, high, wide = crop_box(height, width, draw)
         if draw.flip:
-            left = width - left - side
-        crop = (left / width, top / height, (left + side) / width, (top + side) / height)
+            left = width - left - wide
+        crop = (left / width, top / height, (left + wide) / width, (top + high) / height)
         order = draw.random.permutation(len(boxes)) if draw.random else None
         return {"boxes": encode_layout(boxes, length, vocab_size, crop, order)}
 
@@ -140,8 +141,8 @@ def segmentation(num_classes: int) -> Maker:
                 f"its map of classes has the unknown class {classes[row, column]} at row {row}, "
                 f"column {column} (from 0): config.segmentation.num_classes is {num_classes}"
             )
-        top, left, side = crop_box(*classes.shape, draw)
-        classes = Image.fromarray(classes[top : top + side, left : left + side].astype(np.int32))
+        top, left, high, wide = crop_box(*classes.shape, draw)
+        classes = Image.fromarray(classes[top : top + high, left : left + wide].astype(np.int32))
         resized = np.asarray(classes.resize(image.shape[1::-1], Image.Resampling.NEAREST))
         return {"segmentation": resized[:, ::-1] if draw.flip else resized}
 

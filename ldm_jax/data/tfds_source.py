@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.boxes import boxes_from_tfds
-from ldm_jax.data.decode import decode_image
+from ldm_jax.data.decode import decode_image, image_size
 from ldm_jax.data.table import match_rows, number_labels, parse_where
 from ldm_jax.errors import UserError
 
@@ -67,6 +67,10 @@ class TfdsSource:
 
     def name(self, index: int) -> str:
         return f"{self._title} {self._split} number {int(self._rows[index])}"
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of an image."""
+        return image_size(self._data[int(self._rows[index])]["image"], self.name(index))
 
     def _read_split(self, split: str) -> Any:
         try:

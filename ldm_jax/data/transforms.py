@@ -24,16 +24,18 @@ class Draw(NamedTuple):
 
     Attributes:
         flip: mirror the image left to right.
-        crop: (side, top, left), each in [0, 1): the side of the square crop, from half to all of
-            the shorter side, and its place in what room is left. None: the largest centred square.
+        crop: (size, top, left), each in [0, 1): the size of the crop, from half to all of the
+            largest that fits, and its place in what room is left. None: the largest one, centred.
         random: numbers for what is made of the example beside its image; None where nothing is.
         first: of several captions take the first, not one by `random`.
+        size: height and width to crop and resize to; None where the transform's own are meant.
     """
 
     flip: bool = False
     crop: tuple[float, float, float] | None = None
     random: Uniforms | None = None
     first: bool = False
+    size: tuple[int, int] | None = None
 
 
 class Transform(Protocol):
@@ -61,6 +63,8 @@ def _draw(uniforms: np.ndarray, flip: bool, crop: str) -> Draw:
 class ImageTransform:
     """Crop to a square, bicubic resize, mirror: 'image' of any size -> (R, R, 3) uint8.
 
+    Where a draw has a size, that is what it crops to, (H, W, 3).
+
     Attributes:
         resolution: R.
         crop: 'center', the largest centred square (the paper's LSUN and ImageNet recipe), or
@@ -83,7 +87,8 @@ class ImageTransform:
         return _draw(uniforms, self.flip, self.crop)
 
     def apply(self, example: dict, draw: Draw) -> dict[str, np.ndarray]:
-        return {"image": crop_resize(example["image"], self.resolution, draw)}
+        size = draw.size or (self.resolution, self.resolution)
+        return {"image": crop_resize(example["image"], size, draw)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,25 +112,31 @@ class CachedTransform:
         return {name: example[name][int(draw.flip)] for name in self.names}
 
 
-def crop_resize(image: np.ndarray, resolution: int, draw: Draw) -> np.ndarray:
-    """Crops a square out of (H, W, 3) uint8, resizes it to (R, R, 3) uint8 and mirrors it.
+def crop_resize(image: np.ndarray, size: tuple[int, int], draw: Draw) -> np.ndarray:
+    """Crops (H, W, 3) uint8 to the ratio of `size`, resizes it to (*size, 3) uint8, mirrors it.
 
     The bicubic filter is antialiased. The result may be a view of `image`.
     """
-    top, left, side = crop_box(*image.shape[:2], draw)
-    image = image[top : top + side, left : left + side]
-    if side != resolution:
+    top, left, height, width = crop_box(*image.shape[:2], draw._replace(size=size))
+    image = image[top : top + height, left : left + width]
+    if (height, width) != tuple(size):
         # Cropping first, not `resize(box=...)`, so that the filter does not see outside the crop.
-        resized = Image.fromarray(image).resize((resolution,) * 2, Image.Resampling.BICUBIC)
+        resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
         image = np.asarray(resized)
     return image[:, ::-1] if draw.flip else image
 
 
-def crop_box(height: int, width: int, draw: Draw) -> tuple[int, int, int]:
-    """The square that is cut out of an image, before it is mirrored: top, left, side in pixels."""
-    side = min(height, width)
+def crop_box(height: int, width: int, draw: Draw) -> tuple[int, int, int, int]:
+    """What is cut out of an image, before it is mirrored: top, left, height, width in pixels.
+
+    It has the ratio of `draw.size`, or is a square.
+    """
+    rows, columns = draw.size or (1, 1)
+    scale = min(height / rows, width / columns)
+    share = 1.0 if draw.crop is None else 0.5 + 0.5 * draw.crop[0]
+    high = min(height, max(1, round(rows * scale * share)))
+    wide = min(width, max(1, round(columns * scale * share)))
     if draw.crop is None:
-        return (height - side) // 2, (width - side) // 2, side
-    size, down, right = draw.crop
-    side = max(1, round(side * (0.5 + 0.5 * size)))
-    return int(down * (height - side + 1)), int(right * (width - side + 1)), side
+        return (height - high) // 2, (width - wide) // 2, high, wide
+    _, down, right = draw.crop
+    return int(down * (height - high + 1)), int(right * (width - wide + 1)), high, wide

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,6 +16,63 @@ from ldm_jax.nn.resnet import RESAMPLE, Downsample, ResBlock, Upsample
 from ldm_jax.types import Array, Condition
 
 EPSILON = 1e-5
+
+
+class Levels(NamedTuple):
+    """The levels of a UNet on the way down; see `UNet` for what each number is."""
+
+    width: int
+    mult: Sequence[int]
+    depth: int
+    attn_downsample: Sequence[int]
+
+
+class Blocks(NamedTuple):
+    """What a UNet is built of, called within a compact method; each takes the block's name first.
+
+    Attributes:
+        res: (name, h, channels) -> h of so many channels.
+        attention: (name, h) -> h.
+        resample: (name, h, 'down' or 'up') -> h at half or twice the resolution.
+    """
+
+    res: Callable[..., Array]
+    attention: Callable[[str, Array], Array]
+    resample: Callable[[str, Array, str], Array]
+
+
+def check_sides(x_t: Array, levels: int) -> None:
+    """Raises UserError if x_t (B, h, w, C) cannot be halved on the way through so many levels."""
+    factor = 2 ** (levels - 1)
+    if x_t.shape[1] % factor or x_t.shape[2] % factor:
+        raise UserError(
+            f"a UNet of {levels} levels needs heights and widths that are multiples "
+            f"of {factor}, got {x_t.shape[1]}x{x_t.shape[2]}"
+        )
+
+
+def encode(
+    x_t: Array, levels: Levels, blocks: Blocks, dtype: jnp.dtype
+) -> tuple[Array, list[Array]]:
+    """The first half of a UNet, its middle included, within a compact method.
+
+    x_t (B, h, w, K) -> the middle's output at the lowest resolution, and what the way up joins to
+    it: the output of every block but the middle's, from the first to the last.
+    """
+    h = Conv(levels.width, dtype=dtype, name="conv_in")(x_t)
+    skips = [h]
+    for level, mult in enumerate(levels.mult):
+        for i in range(levels.depth):
+            h = blocks.res(f"down_{level}_res_{i}", h, mult * levels.width)
+            if 2**level in levels.attn_downsample:
+                h = blocks.attention(f"down_{level}_attn_{i}", h)
+            skips.append(h)
+        if level < len(levels.mult) - 1:
+            h = blocks.resample(f"down_{level}_resample", h, "down")
+            skips.append(h)
+    h = blocks.res("mid_res_0", h, h.shape[-1])
+    h = blocks.attention("mid_attn", h)
+    return blocks.res("mid_res_1", h, h.shape[-1]), skips
 
 
 class UNet(nn.Module):
@@ -100,22 +158,8 @@ class UNet(nn.Module):
                 return Downsample((1, 1), self.dtype, name=name)(h)
             return Upsample(self.dtype, name=name)(h)
 
-        h = Conv(self.width, dtype=self.dtype, name="conv_in")(x_t)
-        skips = [h]
-        for level, mult in enumerate(self.mult):
-            for i in range(self.depth):
-                h = res(f"down_{level}_res_{i}", h, mult * self.width)
-                if 2**level in self.attn_downsample:
-                    h = attention(f"down_{level}_attn_{i}", h)
-                skips.append(h)
-            if level < len(self.mult) - 1:
-                h = resample(f"down_{level}_resample", h, "down")
-                skips.append(h)
-
-        h = res("mid_res_0", h, h.shape[-1])
-        h = attention("mid_attn", h)
-        h = res("mid_res_1", h, h.shape[-1])
-
+        levels = Levels(self.width, self.mult, self.depth, self.attn_downsample)
+        h, skips = encode(x_t, levels, Blocks(res, attention, resample), self.dtype)
         for level, mult in reversed(list(enumerate(self.mult))):
             for i in range(self.depth + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
@@ -131,12 +175,7 @@ class UNet(nn.Module):
 
     def _check(self, x_t: Array, cond: Condition) -> None:
         """Raises UserError where the input would be used wrongly or not at all."""
-        factor = 2 ** (len(self.mult) - 1)
-        if x_t.shape[1] % factor or x_t.shape[2] % factor:
-            raise UserError(
-                f"a UNet of {len(self.mult)} levels needs heights and widths that are multiples "
-                f"of {factor}, got {x_t.shape[1]}x{x_t.shape[2]}"
-            )
+        check_sides(x_t, len(self.mult))
         if self.cross_attention and cond.context is None:
             raise UserError("the UNet has cross_attention=True, but the condition has no context")
         if not self.cross_attention and cond.context is not None:

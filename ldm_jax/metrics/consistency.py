@@ -105,12 +105,16 @@ def retrieval(
     return right / len(target)
 
 
-def agreement(found: np.ndarray, maps: np.ndarray) -> tuple[float, float]:
+def agreement(
+    found: np.ndarray, maps: np.ndarray, ground: int | None = None
+) -> tuple[float, float]:
     """Share of pixels whose class is that of the maps (B, H, W): of all, and of those that the maps
-    do not give the class 0, the ground.
+    do not give the class `ground`; NaN where there are none, or no such class.
     """
-    same, objects = found == maps, maps != 0
-    return float(same.mean()), float(same[objects].mean()) if objects.any() else math.nan
+    same, objects = found == maps, maps != ground
+    if ground is None or not objects.any():
+        return float(same.mean()), math.nan
+    return float(same.mean()), float(same[objects].mean())
 
 
 def colourfulness(images: np.ndarray) -> np.ndarray:

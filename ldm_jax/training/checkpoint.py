@@ -37,7 +37,7 @@ class Checkpoints:
             return
         items = {
             name: ocp.args.StandardSave(tree)
-            for name, tree in _items(state).items()
+            for name, tree in state_items(state).items()
             if jax.tree.leaves(tree)
         }
         try:
@@ -48,7 +48,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, step: int | None = None) -> TrainState:
         """Reads a whole state, laid out over devices as the leaves of `abstract` say."""
         step = self._step(step)
-        read = self._read(step, _items(abstract))
+        read = self._read(step, state_items(abstract))
         joined = {"params": {}, "ema_params": {}, "averages": {}}
         for name, tree in read.items():
             field, _, part = name.partition(".")
@@ -95,7 +95,7 @@ def abstract_like(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _items(state: TrainState) -> dict[str, Any]:
+def state_items(state: TrainState) -> dict[str, Any]:
     """Names what is stored: every part of the weights on its own, and the optimiser."""
     items = {f"params.{part}": tree for part, tree in state.params.items()}
     items |= {f"ema_params.{part}": tree for part, tree in state.ema_params.items()}

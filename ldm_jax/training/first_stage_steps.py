@@ -22,7 +22,13 @@ from ldm_jax.first_stage.losses import (
 )
 from ldm_jax.first_stage.lpips import LPIPS
 from ldm_jax.training.ema import ema_decay, ema_update
-from ldm_jax.training.optim import ADAM_SHARE, learning_rate, make_optimizer, shared_metrics
+from ldm_jax.training.optim import (
+    ADAM_SHARE,
+    learning_rate,
+    make_optimizer,
+    shared_metrics,
+    without_decay,
+)
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array
 
@@ -39,7 +45,9 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
     module, discriminator = builders.build_first_stage(config), builders.build_discriminator(config)
     c, d = config.first_stage, config.first_stage.discriminator
     optimizer, rate = make_optimizer(c.train), learning_rate(c.train)
-    optimizers = {"first_stage": optimizer, "observation": optimizer}
+    optimizers = {"first_stage": optimizer}
+    # A statistic of the errors, not a weight that should stay small.
+    optimizers["observation"] = without_decay(optimizer, ["log_variance"])
     optimizers["discriminator"] = make_optimizer(_discriminator_block(config))
 
     def init(key: Array) -> TrainState:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ from ldm_jax.first_stage.statistics import RULES, LatentStatistics
 from ldm_jax.training.sharding import batch_sharding, replicated
 from ldm_jax.types import Array
 
-KEY = 2  # of the draws here, derived from a run's; its stages have 1 and 3
+KEY = 2  # of the draws here, derived from a run's; its stages have 1, 3 and 4
 
 
 def encoder(config: ConfigDict, frozen: Any, mesh: jax.sharding.Mesh) -> Callable[[Any], Array]:
@@ -74,6 +75,19 @@ def encode_source(
     cached = np.stack([np.concatenate(one) for one in moments], axis=1)
     fields = {name: np.concatenate(values) for name, values in parts.items()}
     return CachedSource(source, {"moments": cached}, fields)
+
+
+def draw_latents(first_stage: nn.Module, frozen: Any, batch: Batch, keys: Array) -> Array:
+    """The scaled latents (B, h, w, C) that a step of training sees.
+
+    Each is drawn from its posterior by its key in `keys` (B,), of the batch's cached 'moments' or
+    else of its 'image'; `frozen` holds the variables of the first stage.
+    """
+    moments = batch.get("moments")
+    if moments is None:
+        image = images.to_float(batch["image"])
+        moments = first_stage.apply(frozen, image, method="moments")
+    return jax.lax.stop_gradient(first_stage.apply(frozen, moments, keys, method="sample"))
 
 
 def first_batch(config: ConfigDict, source: Source) -> Iterator[Batch]:

@@ -100,7 +100,7 @@ class Progress:
         columns = {key: np.array([row[key] for row in rows], np.float64) for key in rows[0]}
         scalars = {}
         for key, column in columns.items():
-            if key.startswith("loss_q"):  # a noise quartile without an example is NaN in its row
+            if key[-3:-1] == "_q":  # a noise quartile without an example is NaN in its row
                 column = column[~np.isnan(column)]
             if column.size:
                 scalars[key] = float(column.mean())

@@ -1,4 +1,4 @@
-"""The training loop, the same for both stages."""
+"""The training loop, the same for all stages."""
 
 from __future__ import annotations
 
@@ -44,16 +44,18 @@ class Stage:
     Attributes:
         name: as shown.
         directory: where its checkpoints and metrics go.
-        block: the config of its optimisation, `first_stage.train` or `train`.
+        block: the config of its optimisation, such as `train`.
         init: key -> state.
         step: (state, frozen, batch, key) -> (state, metrics).
         frozen: variables that the step reads and never changes.
-        picture: shows a state; called with (state, step), and may raise Interrupted to give up.
+        picture: shows a state; called with (state, step), and may raise Interrupted to give up;
+            None where there is nothing to show.
         start: weights in place of the random ones, by part as in `TrainState.params`; or None.
         picture_at_end: whether the last step is shown too, wherever it falls.
         alarms: averaged metrics -> what is wrong, by name; see `Alarms`.
         snapshot: stores what else is kept of a state; called with (state, step).
         snapshot_every: steps between its calls; it is also called at the last step.
+        forget: removes snapshots of later steps; called with the step that training starts from.
     """
 
     name: str
@@ -62,18 +64,19 @@ class Stage:
     init: Init
     step: Step
     frozen: Any
-    picture: Callable[[TrainState, int], Picture]
+    picture: Callable[[TrainState, int], Picture] | None
     start: Any = None
     picture_at_end: bool = False
     alarms: Callable[[Mapping[str, float]], dict[str, str]] | None = None
     snapshot: Callable[[TrainState, int], None] | None = None
     snapshot_every: int = 1
+    forget: Callable[[int], None] | None = None
 
     def shows(self, step: int) -> bool:
         """Tells whether a step is shown."""
         every = self.block.picture_every
         at_end = self.picture_at_end and step == self.block.steps
-        return every > 0 and (step % every == 0 or at_end)
+        return self.picture is not None and every > 0 and (step % every == 0 or at_end)
 
     def keeps(self, step: int) -> bool:
         """Tells whether a snapshot of a step is stored."""
@@ -99,6 +102,8 @@ def fit(
     checkpoints = Checkpoints(stage.directory / "checkpoints", block.keep_checkpoints)
     state = restore_or_init(stage, checkpoints, key, everywhere)
     start = int(state.step)
+    if stage.forget:
+        stage.forget(start)
     writer = MetricWriter(stage.directory, start)
     progress = Progress(stage.name, start, block.steps, block.batch_size)
     alarms = Alarms(stage.name, stage.alarms, progress.say) if stage.alarms else None

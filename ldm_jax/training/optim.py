@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -66,6 +67,22 @@ def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
     if block.grad_clip > 0:
         return optax.chain(optax.clip_by_global_norm(block.grad_clip), optimizer)
     return optimizer
+
+
+def without_decay(
+    optimizer: optax.GradientTransformation, parts: Sequence[str]
+) -> optax.GradientTransformation:
+    """The same optimiser, with a state of the same form, whose weight decay spares some parts.
+
+    parts: names at the top of the parameters, a dict.
+    """
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        # Values are only read to decay them, and those of zero do not decay.
+        spared = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in parts}
+        return optimizer.update(grads, state, params | spared)
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _matrices(params: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ import numpy as np
 from ldm_jax import tensors
 from ldm_jax.errors import UserError
 from ldm_jax.training.ema import Profile
+
+_NAME = re.compile(r"(?:std|decay)_.+_step_(\d+)\.safetensors")
 
 
 class Snapshot(NamedTuple):
@@ -32,8 +35,7 @@ def write_snapshots(
 ) -> None:
     """Writes the average of each profile, each file all or nothing.
 
-    A file of the same step is replaced: the run was thrown back to an earlier checkpoint, and its
-    later steps may have changed.
+    A file of the same step is replaced.
 
     Raises:
         UserError: it cannot be written.
@@ -50,6 +52,31 @@ def write_snapshots(
                 f"cannot write an averaged model to {folder} ({error.strerror}): make room, or "
                 "raise config.ema_snapshots.every"
             ) from error
+
+
+def remove_later(folder: pathlib.Path, step: int) -> None:
+    """Removes what was stored after `step`, from where a run goes on, perhaps in another way.
+
+    A mix of averages would else be one of two histories.
+
+    Raises:
+        UserError: a file cannot be removed.
+    """
+    if jax.process_index() != 0:
+        return
+    # By their names: a run must not fail for a file that it did not write.
+    named = ((path, _NAME.fullmatch(path.name)) for path in sorted(folder.glob("*.safetensors")))
+    later = [path for path, match in named if match and int(match[1]) > step]
+    try:
+        for path in later:
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot remove {path} ({error.strerror}), which is of a later step than {step}, from "
+            "where the run goes on: remove it"
+        ) from error
+    if later:
+        print(f"removed {len(later)} averages of steps after {step} from {folder}")
 
 
 def find_snapshots(folder: pathlib.Path) -> list[Snapshot]:

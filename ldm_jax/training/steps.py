@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, fields, images, random
+from ldm_jax import builders, fields, random
 from ldm_jax.config import frozen_parts as frozen_parts_of
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
 from ldm_jax.diffusion.objective import log_variance_size, quartile_means
 from ldm_jax.training.ema import averaged_parts, ema_update, profiles
-from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
+from ldm_jax.training.latents import draw_latents
+from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics, without_decay
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.types import Array, Condition
 
@@ -34,6 +35,8 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
     process, learns_variance = builders.build_schedule(config), config.diffusion.learn_log_variance
     frozen_parts, kept = frozen_parts_of(config), profiles(config)
     optimizer, rate = make_optimizer(config.train), learning_rate(config.train)
+    if learns_variance:  # statistics of the errors, not weights that should stay small
+        optimizer = without_decay(optimizer, ["log_variance"])
     if frozen_parts:
         optimizer = optax.multi_transform(
             {"trained": optimizer, "frozen": optax.set_to_zero()},
@@ -59,13 +62,6 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         averages = {profile.name: jax.tree.map(jnp.copy, parts) for profile in kept}
         return TrainState(jnp.int32(0), params, ema, optimizer.init(params), averages=averages)
 
-    def latents_of(frozen: Any, batch: Batch, keys: Array) -> Array:
-        moments = batch.get("moments")
-        if moments is None:
-            image = images.to_float(batch["image"])
-            moments = first_stage.apply(frozen, image, method="moments")
-        return first_stage.apply(frozen, moments, keys, method="sample")
-
     def condition(params: Any, batch: Batch, keys: Array) -> Condition:
         # Without gradients, nothing of the backward pass through a frozen part is computed.
         stopped = {
@@ -85,7 +81,7 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         batch_size = jax.tree.leaves(batch)[0].shape[0]
         step_key = jax.random.fold_in(key, state.step)
         keys = random.example_keys(step_key, batch_size)
-        z = jax.lax.stop_gradient(latents_of(frozen, batch, random.fold_in(keys, 0)))
+        z = draw_latents(first_stage, frozen, batch, random.fold_in(keys, 0))
         encode = functools.partial(first_stage.apply, frozen, method="encode")
         batch = fields.add_latents(batch, encode)
 

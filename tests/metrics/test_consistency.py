@@ -81,8 +81,11 @@ def test_a_caption_of_the_same_words_is_no_wrong_answer():
 def test_agreement_of_maps():
     maps = np.array([[[0, 0, 0, 1], [0, 0, 2, 2]]])
     found = np.array([[[0, 0, 0, 1], [0, 1, 2, 1]]])
-    assert measure.agreement(found, maps) == (6 / 8, 2 / 3)
-    assert np.isnan(measure.agreement(maps, np.zeros_like(maps))[1])
+    assert measure.agreement(found, maps, ground=0) == (6 / 8, 2 / 3)
+    assert measure.agreement(found, maps, ground=2) == (6 / 8, 5 / 6)
+    assert np.isnan(measure.agreement(maps, np.zeros_like(maps), ground=0)[1])
+    everywhere, objects = measure.agreement(found, maps)  # nothing says which class is the ground
+    assert everywhere == 6 / 8 and np.isnan(objects)
 
 
 def test_colourfulness_of_known_colours():

@@ -8,7 +8,7 @@ import pytest
 from golden_utils import load
 
 from ldm_jax import config as config_lib
-from ldm_jax.training.optim import learning_rate, make_optimizer
+from ldm_jax.training.optim import learning_rate, make_optimizer, without_decay
 
 
 def block(**changes):
@@ -42,6 +42,24 @@ def test_adamw_is_that_of_pytorch():
         m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
         p = p - rate * (m / (1 - b1**i)) / (np.sqrt(v / (1 - b2**i)) + 1e-8)
         np.testing.assert_allclose(params["bias"], p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_spares_what_it_should_and_changes_nothing_else(kind):
+    usual = make_optimizer(block(lr=1e-2, weight_decay=0.5, optimizer=kind, grad_clip=1.0))
+    kernel = jnp.arange(6.0).reshape(2, 3) / 6
+    params = {"weights": {"kernel": kernel, "bias": jnp.ones(3)}, "statistics": jnp.ones(4)}
+    grads = jax.tree.map(lambda leaf: 0.1 + leaf, params)
+    spared = without_decay(usual, ["statistics"])
+    state = usual.init(params)
+    assert jax.tree.structure(spared.init(params)) == jax.tree.structure(state)
+    plain, _ = usual.update(grads, state, params)
+    ours, _ = spared.update(grads, state, params)
+    jax.tree.map(np.testing.assert_array_equal, ours["weights"], plain["weights"])
+    none = make_optimizer(block(lr=1e-2, weight_decay=0.0, optimizer=kind, grad_clip=1.0))
+    free, _ = none.update(grads, none.init(params), params)
+    np.testing.assert_array_equal(ours["statistics"], free["statistics"])
+    assert (plain["statistics"] != free["statistics"]).all()
 
 
 @pytest.mark.parametrize("name", ["adamw_ldm", "adam_autoencoder"])

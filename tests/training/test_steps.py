@@ -122,6 +122,22 @@ def test_every_kind_of_objective_trains(kind):
         assert "log_variance" not in state.params
 
 
+def test_a_learned_log_variance_does_not_decay():
+    """Of a rate of one and no gradient, weight decay alone would halve it."""
+    config = tiny_config(weight_decay=0.5, grad_clip=1e-30).unlock()
+    config.diffusion.learn_log_variance = True
+    config.train.lr = 1.0
+    init, step = diffusion_functions(config)
+    state = jax.jit(init)(jax.random.key(0))
+    values = jnp.full_like(state.params["log_variance"]["values"], 4.0)
+    state = state.replace(params=state.params | {"log_variance": {"values": values}})
+    new, _ = jax.jit(step)(state, FROZEN, BATCH, jax.random.key(1))
+    # Clipped gradients of 1e-30 vanish beside Adam's eps of 1e-8.
+    np.testing.assert_allclose(new.params["log_variance"]["values"], values, rtol=1e-6)
+    kernel = lambda state: state.params["denoiser"]["conv_in"]["kernel"]  # noqa: E731
+    np.testing.assert_allclose(kernel(new), 0.5 * kernel(state), rtol=1e-5, atol=1e-12)
+
+
 def test_quartiles_are_means_of_the_plain_error():
     init, step = diffusion_functions(config_lib.check(tiny_config()))
     state = jax.jit(init)(jax.random.key(0))
