@@ -4,6 +4,9 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# To compare with PyTorch; on CPUs, install a CPU build of torch first.
+PYTORCH = ["torch>=2.6,<3", "diffusers>=0.35,<1"]
+
 setup(
     name="ldm_jax",
     version="0.1.0",
@@ -41,8 +44,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda12": ["jax[cuda12]>=0.10,<0.13"],
         "cuda13": ["jax[cuda13]>=0.10,<0.13"],
-        # To compare with PyTorch; on CPUs, install a CPU build of torch first.
-        "parity": ["torch>=2.6,<3", "diffusers>=0.35,<1"],
+        "parity": PYTORCH,
+        "bench": [*PYTORCH, "matplotlib>=3.9,<4"],  # for benchmarks/
         "test": [
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -53,7 +53,7 @@ from ldm_jax.training.first_stage_steps import first_stage_functions
 from ldm_jax.training.logging import MetricWriter, Progress
 from ldm_jax.training.loop import Stage, restore_or_init
 from ldm_jax.training.optim import learning_rate
-from ldm_jax.training.sharding import make_mesh, replicated
+from ldm_jax.training.sharding import make_mesh
 from ldm_jax.training.state import TrainState
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Workdir whose first stage ldm_jax.train has trained.")
@@ -136,7 +136,7 @@ def start(config: ConfigDict, key: jax.Array) -> TrainState:
         checkpoints = Checkpoints(pathlib.Path(empty))
         directory, block = checkpoints.directory, config.first_stage.train
         stage = Stage("first stage", directory, block, init, step, {}, lambda *_: directory)
-        state = restore_or_init(stage, checkpoints, key, replicated(make_mesh()))
+        state = restore_or_init(stage, checkpoints, key, make_mesh())
         checkpoints.close()
     return state
 

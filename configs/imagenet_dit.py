@@ -19,7 +19,7 @@ def get_config(arg=""):
     c.data.update(source="tfds:imagenet2012", fields=("label",), resolution=256)
     base.use_first_stage(c, "kl_f8")
     c.first_stage.update(latent_scale="channel", stats_images=50_000)
-    c.denoiser.update(kind="dit", width=1152, depth=28, num_heads=16, remat=True)
+    c.denoiser.update(kind="dit", width=1152, depth=28, num_heads=16, remat="block")
     c.denoiser.dit.update(patch=2, positions="rotary", mlp="swiglu", qk_norm=True)
     c.conditioners = ("label",)
     c.label.update(num_classes=1000, width=1152, slot="vector")

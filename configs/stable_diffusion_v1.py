@@ -18,7 +18,7 @@ def get_config(arg=""):
     base.use_first_stage(c, "kl_f8")
     c.first_stage.update(latent_scale="0.18215")
     c.denoiser.update(width=320, mult=(1, 2, 4, 4), attn_downsample=(1, 2, 4), num_heads=8)
-    c.denoiser.update(cross_attention=True, remat=True)
+    c.denoiser.update(cross_attention=True, remat="block")
     c.conditioners = ("text",)
     c.text.update(encoder="clip", vocab_size=49408, width=768, depth=12, heads=12)
     c.text.update(mlp_width=3072, length=77, activation="quick_gelu")

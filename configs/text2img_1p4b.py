@@ -21,7 +21,7 @@ def get_config(arg=""):
     base.use_first_stage(c, "kl_f8")
     c.first_stage.update(latent_scale="0.18215")
     c.denoiser.update(width=320, mult=(1, 2, 4, 4), attn_downsample=(1, 2, 4), num_heads=8)
-    c.denoiser.update(cross_attention=True, remat=True)
+    c.denoiser.update(cross_attention=True, remat="block")
     c.conditioners = ("text",)
     c.text.update(encoder="bert", width=1280, mlp_width=5120, depth=32, length=77)
     c.diffusion.update(schedule="scaled_linear", beta=(0.00085, 0.0120), loss="l2")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,6 +74,31 @@ def latent_shape(config: ConfigDict, size: tuple[int, int]) -> tuple[int, int, i
 def _unit(config: ConfigDict) -> int:
     """What sides of images must be multiples of, in pixels, for first stage and denoiser."""
     return config_lib.downsampling(config) * config_lib.denoiser_unit(config)
+
+
+def choose_scale(
+    config: ConfigDict,
+    scale: float | None,
+    condition: Mapping[str, Any] | None,
+    negative: Mapping[str, Any] | None = None,
+    weak: Any | None = None,
+) -> float:
+    """Returns the guidance scale; None is what `config.sample` says, or 1 with nothing to guide.
+
+    The other arguments are those of `Pipeline.sample`.
+
+    Raises:
+        UserError: a scale of what is the null condition already.
+    """
+    read = [name for name in condition or () if name != "label" or name in config.conditioners]
+    if read or negative is not None or weak is not None:
+        return config.sample.guidance_scale if scale is None else scale
+    if scale not in (None, 1) and config_lib.has_null(config):  # else it is refused for that
+        raise UserError(
+            f"guidance_scale is {scale}, but without a condition there is nothing to guide: give "
+            "one, such as a class or a caption, or leave guidance_scale away"
+        )
+    return 1.0 if scale is None else scale
 
 
 def make_guidance(

@@ -7,6 +7,7 @@ same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,7 +18,6 @@ from ml_collections import ConfigDict
 from ldm_jax import arguments
 from ldm_jax import config as config_lib
 from ldm_jax import pipeline_conditions as conditions
-from ldm_jax.diffusion.schedule import BETAS
 from ldm_jax.errors import UserError
 
 
@@ -64,8 +64,10 @@ def check_weak(model: Model, weak: Model) -> None:
     """Checks that the outputs of a weaker model stand for the same as those of `model`.
 
     Raises:
-        UserError: they do not, and in what they differ.
+        UserError: they do not, and in what they differ; or it is no model.
     """
+    if isinstance(weak, str | os.PathLike):
+        raise UserError(f"autoguidance: load the weaker model: ldm_jax.load('{weak}')")
     for part in ("denoiser", "conditioner"):
         if part not in weak.variables:
             raise UserError(f"autoguidance: the weaker model has no weights of its {part}")
@@ -77,9 +79,10 @@ def check_weak(model: Model, weak: Model) -> None:
         _check_same(name, of(ours), of(theirs))
     if "label" in ours.conditioners:
         _check_same("label.num_classes", ours.label.num_classes, theirs.label.num_classes)
-        if list(model.label_names or ()) != list(weak.label_names or ()):
+        names = model.label_names, weak.label_names
+        if all(names) and list(names[0]) != list(names[1]):  # some models only know numbers
             raise UserError("autoguidance: the classes of the weaker model have other names")
-    for key in _process_keys(ours):
+    for key in config_lib.process_keys(ours):
         _check_same(f"diffusion.{key}", ours.diffusion[key], theirs.diffusion[key])
     _check_first_stages(model.variables, weak.variables)
 
@@ -95,15 +98,6 @@ def _check_same(name: str, ours: Any, theirs: Any) -> None:
 def _latents(config: ConfigDict) -> str:
     factor, channels = config_lib.downsampling(config), config_lib.latent_channels(config)
     return f"{channels} channels at 1/{factor} of the pixels"
-
-
-def _process_keys(config: ConfigDict) -> list[str]:
-    """Keys of `config.diffusion` that decide what an output means; others are of training."""
-    c = config.diffusion
-    keys = ["predict", "schedule", "steps"]
-    keys += ["beta", "zero_terminal_snr"] if c.schedule in BETAS else []
-    keys += ["ratios"] if c.schedule == "log_snr" else []
-    return keys + (["sigma_data"] if c.predict == "edm" else [])
 
 
 def _check_first_stages(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ldm_jax.errors import UserError
-from ldm_jax.training.sharding import batch_sharding
+from ldm_jax.training.sharding import batch_parts, batch_sharding, gather, on_mesh, put
 
 Measured = Callable[[jax.stages.Compiled, dict[str, Any]], None]
 
@@ -32,8 +32,8 @@ def in_batches(
         variables: of the networks.
         inputs: a tree of arrays (B, ...).
         shared: what all batches have in common.
-        batch_size: of a batch; rounded up to a multiple of the number of devices.
-        mesh: of the devices that share a batch.
+        batch_size: of a batch; rounded up to a multiple of the parts that the mesh splits it into.
+        mesh: of the devices that share a batch; of several hosts, each calls this with the same.
         measured: called with the compiled program and its inputs before the first batch.
         **settings: static arguments.
 
@@ -43,14 +43,16 @@ def in_batches(
     if batch_size < 1:
         raise UserError(f"batch size is {batch_size}, but must be at least 1")
     total = len(jax.tree.leaves(inputs)[0])
-    batch_size = -(-min(batch_size, total) // mesh.size) * mesh.size
+    unit = batch_parts(mesh)
+    batch_size = -(-min(batch_size, total) // unit) * unit
     sharding, parts = batch_sharding(mesh), []
-    run = functools.partial(program, **settings)
+    run = on_mesh(mesh, functools.partial(program, **settings))
     for start in range(0, total, batch_size):
         index = np.minimum(np.arange(start, start + batch_size), total - 1)
-        part = jax.tree.map(lambda x, i=index: jax.device_put(np.asarray(x)[i], sharding), inputs)
+        part = put(jax.tree.map(lambda x, i=index: np.asarray(x)[i], inputs), sharding)
         if measured is not None and start == 0:
-            run = program.lower(variables, part, *shared, **settings).compile()
+            lower = on_mesh(mesh, functools.partial(program.lower, **settings))
+            run = lower(variables, part, *shared).compile()
             measured(run, part)  # what runs is what was measured
-        parts.append(np.asarray(jax.device_get(run(variables, part, *shared))))
+        parts.append(gather(run(variables, part, *shared)))
     return np.concatenate(parts)[:total]

@@ -8,8 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ldm_jax.checks_buckets import check_buckets
 from ldm_jax.checks_classifier import check_classifier
 from ldm_jax.checks_diffusion import CONTINUOUS, SAMPLERS, SPACINGS, check_diffusion
+from ldm_jax.checks_latents import check_latents
+from ldm_jax.checks_mesh import check_mesh
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 
@@ -27,7 +30,7 @@ FIELDS = {
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
 _AT_LEAST_ONE |= {"every"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
-_AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim", "images"}
+_AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim", "images", "accumulate"}
 _AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
 _AT_LEAST_ZERO = {
     "steps",
@@ -69,9 +72,6 @@ _FLOATS = _PAIRS | {"stds", "decays"}
 # Standard deviation of a uniform distribution over [0, 1], the flattest of the averages' profiles.
 WIDEST_STD = 12**-0.5
 _NAMES = {"fields", "conditioners", "metrics"}
-# Fields that are drawn anew whenever an example is seen, and those that go with places in it.
-DRAWN = ("low_res", "noise_level", "masked_image", "mask")
-PLACED = ("boxes", "segmentation")
 METRICS = ("psnr", "ssim", "lpips", "rfid")  # of reconstructions
 CHOICES = {
     "data.crop": ("center", "random"),
@@ -85,6 +85,7 @@ CHOICES = {
     "text.encoder": ("bert", "clip", "sentence"),
     "text.activation": ("gelu", "quick_gelu"),
     "denoiser.kind": ("unet", "dit"),
+    "denoiser.remat": ("none", "block", "dots"),
     "denoiser.dit.positions": ("rotary", "sincos"),
     "denoiser.dit.context": ("none", "cross", "joint"),
     "denoiser.dit.mlp": ("swiglu", "gelu"),
@@ -97,7 +98,7 @@ CHOICES = {
     "sample.spacing": SPACINGS,
 }
 for _block in ("first_stage.train", "train", "classifier.train"):
-    CHOICES[f"{_block}.dtype"] = DTYPES
+    CHOICES[f"{_block}.dtype"] = CHOICES[f"{_block}.moment_dtype"] = DTYPES
     CHOICES[f"{_block}.optimizer"] = ("adamw", "muon")
     CHOICES[f"{_block}.lr_decay"] = ("constant", "cosine", "linear")
 
@@ -190,7 +191,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _check_tuples(flat: dict[str, Any]) -> None:
     for key, value in flat.items():
-        if not isinstance(value, list):
+        if not isinstance(value, list) or key == "data.buckets":
             continue
         if len(value) > MOST_LEVELS:
             raise UserError(
@@ -293,19 +294,10 @@ def _check_sizes(c: ConfigDict) -> None:
                 )
     _check_conditions(c)
     check_classifier(c, size // f)
+    check_buckets(c, f, unit)
     _check_averages(c)
-    if c.data.cache_latents and c.data.crop != "center":
-        raise UserError("config.data.cache_latents needs config.data.crop='center'")
-    for field in c.data.fields:
-        if c.data.cache_latents and field in DRAWN:
-            raise UserError(
-                f"config.data.cache_latents cannot be used with the field '{field}', which is made "
-                "anew each time: set it to False"
-            )
-        if c.data.cache_latents and c.data.flip and field in PLACED:
-            raise UserError(
-                f"config.data.cache_latents needs config.data.flip=False for the field '{field}'"
-            )
+    check_mesh(c)
+    check_latents(c)
     if "low_res" in c.conditioners:
         factor, latent = c.data.low_res.factor, size // f
         small = size // factor if factor >= 1 and size % factor == 0 else 0

@@ -13,19 +13,20 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ldm_jax import config as config_lib
+from ldm_jax import distributed
 from ldm_jax.errors import UserError
 from ldm_jax.training.interrupt import Interrupted
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_PREEMPTED = 0, 1, 75
+EXIT_OK, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_PEER_DIED = 0, 1, 75, 77
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.", allow_override=True)
 
 
 def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
-    """Parses flags, runs `main` and exits.
+    """Parses flags, joins other hosts where the command has flags for that, runs `main` and exits.
 
     Exit codes: 0 done; 1 wrong input, said in one line on stderr; 75 stopped on request and
-    resumable by the same command.
+    resumable by the same command; 77 likewise, as another host's process has ended.
     """
     argv = list(sys.argv if argv is None else argv)
     debug = any(arg.lstrip("-").lower() in ("debug", "debug=true", "debug=1") for arg in argv)
@@ -36,6 +37,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
+        distributed.initialize(argv)
         code = main() or EXIT_OK
     except Interrupted as stop:
         print(stop, flush=True)
@@ -49,6 +51,11 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         if known:
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
+        if not known and distributed.peer_died(error):
+            print("error: the process of another host has ended", file=sys.stderr, flush=True)
+            code = EXIT_PEER_DIED
+    if code not in (EXIT_OK, EXIT_PREEMPTED) and distributed.joined():
+        distributed.leave(code)
     sys.exit(code)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,11 +47,18 @@ def check_same_architecture(workdir: str | os.PathLike[str], config: ConfigDict)
                 )
 
 
-def check_resumable(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Checks that the checkpoints in a workdir, if any, hold what a config's training goes on from.
+def check_resumable(
+    workdir: pathlib.Path, config: ConfigDict, label_names: Sequence[str] | None = None
+) -> None:
+    """Checks that what a workdir holds, if anything, is what a config's training goes on from.
+
+    Args:
+        workdir: of the run.
+        config: to go on with.
+        label_names: of the classes of its data, if they have any.
 
     Raises:
-        UserError: they do not; names the keys that make the difference.
+        UserError: it is not; names the keys that make the difference.
     """
     first_stage = workdir / "first_stage"
     stages = []
@@ -62,19 +69,57 @@ def check_resumable(workdir: pathlib.Path, config: ConfigDict) -> None:
     classifier = workdir / classifier_files.FOLDER
     if files.has_checkpoint(classifier) and not (workdir / classifier_files.WEIGHTS).is_file():
         stages.append((classifier, classifier_functions))
-    if not stages or not (workdir / "config.json").is_file():
+    classified = files.has_checkpoint(classifier) or (workdir / classifier_files.WEIGHTS).is_file()
+    if not (stages or classified) or not (workdir / "config.json").is_file():
         return
     theirs = files.read_config(workdir)
+    start = f", which can start from these weights (config.init_from='{workdir}')"
+    process = _changed(theirs, config, [f"diffusion.{x}" for x in config_lib.process_keys(theirs)])
+    if process and files.has_checkpoint(workdir):
+        raise UserError(
+            f"the outputs of the model in {workdir} are those of another {_shown(process)}: set "
+            f"{_these(process)} as it was, or choose another --workdir{start}"
+        )
+    if classified:
+        _check_classifier(workdir, theirs, config, label_names)
     for folder, functions in stages:
         keys = changed_state(theirs, config, functions)
         if keys:
-            shown = ", ".join(f"config.{key}" for key in keys)
-            start = f", which can start from these weights (config.init_from='{workdir}')"
             raise UserError(
                 f"the checkpoints in {folder / 'checkpoints'} hold a training state of another "
-                f"{shown}: set {'these' if len(keys) > 1 else 'it'} as it was, or choose another "
+                f"{_shown(keys)}: set {_these(keys)} as it was, or choose another "
                 f"--workdir{'' if folder != workdir else start}"
             )
+
+
+def _check_classifier(
+    workdir: pathlib.Path, theirs: ConfigDict, ours: ConfigDict, label_names: Sequence[str] | None
+) -> None:
+    """Refuses a classifier of other classes or noise levels, of which alone it is told."""
+    levels = [x for x in config_lib.process_keys(theirs) if x not in ("predict", "sigma_data")]
+    keys = ["label.num_classes", "data.label", *(f"diffusion.{x}" for x in levels)]
+    keys = _changed(theirs, ours, keys)
+    known = files.read_labels(workdir)
+    renamed = bool(known and label_names) and list(known) != list(label_names)
+    if keys or renamed:
+        raise UserError(
+            f"the classifier in {workdir / classifier_files.FOLDER} was trained with "
+            f"{'another ' + _shown(keys) if keys else 'classes of other names'}: remove that "
+            "folder to train it anew, or choose another --workdir"
+        )
+
+
+def _changed(theirs: ConfigDict, ours: ConfigDict, keys: Sequence[str]) -> list[str]:
+    """Those of the keys in which two configs differ."""
+    return [key for key in keys if _value(theirs, key) != _value(ours, key)]
+
+
+def _shown(keys: Sequence[str]) -> str:
+    return ", ".join(f"config.{key}" for key in keys)
+
+
+def _these(keys: Sequence[str]) -> str:
+    return "these" if len(keys) > 1 else "it"
 
 
 def changed_state(

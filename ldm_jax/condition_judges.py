@@ -21,6 +21,7 @@ from flax import serialization
 from ml_collections import ConfigDict
 from PIL import Image
 
+from ldm_jax.data import tar_source
 from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.folder import fingerprint
 from ldm_jax.data.layout import Box, decode_layout, slots
@@ -78,6 +79,8 @@ def _digest(kind: str, config: ConfigDict) -> str:
     said |= {"layout": [config.layout.length, config.layout.vocab_size]}
     if config.data.source.startswith("folder:"):  # other images there make another judge
         said |= {"files": fingerprint(pathlib.Path(config.data.source[7:]).expanduser())}
+    if config.data.source.startswith("tar:"):
+        said |= {"files": tar_source.fingerprint(config.data.source[4:])}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -23,6 +23,7 @@ from ldm_jax.checks import (
     suggest,
     vector_width,
 )
+from ldm_jax.checks_diffusion import CONTINUOUS
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 from ldm_jax.published import use_first_stage
@@ -34,6 +35,9 @@ __all__ += ["denoiser_unit", "has_null", "use_first_stage", "use_small_model", "
 # Of the block `denoiser`, what a transformer has no use for.
 UNET_KEYS = ("mult", "attn_downsample", "cross_attention", "transformer_depth", "scale_shift")
 UNET_KEYS += ("resblock_resample", "conv_resample", "split_qkv_first")
+# How the same updates are computed: a run may go on with other values, on other devices.
+SAME_RESULTS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.dcn_data", "denoiser.remat")
+SAME_RESULTS += ("train.accumulate", "classifier.train.accumulate")
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
@@ -51,6 +55,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         c.data.update(source="emoji", split="train")
         c.data.update(where="", label="label", caption="text")
     c.data.update(resolution=32, crop="center", threads=2)
+    c.data.buckets = ((32, 32), (32, 64)) if c.data.buckets else ()
     c.first_stage.update(width=32, depth=1, mult=c.first_stage.mult[:2], norm_groups=8)
     c.first_stage.update(codes=min(c.first_stage.codes, 64))
     if c.first_stage.perceptual_weight > 0:
@@ -151,7 +156,9 @@ def from_json(text: str) -> ConfigDict:
         if key not in known:
             raise UserError(f"unknown config key '{key}'{suggest(key, known)}")
         if isinstance(known[key], list) and isinstance(value, list):
-            value = tuple(value)
+            value = tuple(tuple(x) if isinstance(x, list) else x for x in value)
+        if key == "denoiser.remat" and isinstance(value, bool):  # of older files
+            value = "block" if value else "none"
         try:
             config.update_from_flattened_dict({key: value})
         except (TypeError, ValueError) as error:
@@ -162,10 +169,10 @@ def from_json(text: str) -> ConfigDict:
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
     """Lists the keys in which two configs differ, as 'key: ours -> theirs'.
 
-    Names do not count, nor keys that neither's denoiser reads.
+    Names do not count, nor keys that change no result, nor those that neither's denoiser reads.
     """
     a, b = flatten(ours), flatten(theirs)
-    skipped = {"name"} | set(unread_keys(ours)) & set(unread_keys(theirs))
+    skipped = {"name", *SAME_RESULTS} | set(unread_keys(ours)) & set(unread_keys(theirs))
     keys = sorted(key for key in a | b if a.get(key) != b.get(key) and key not in skipped)
     return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in keys]
 
@@ -175,6 +182,16 @@ def unread_keys(config: ConfigDict) -> list[str]:
     if config.denoiser.kind == "dit":
         return [f"denoiser.{name}" for name in UNET_KEYS]
     return list(flatten({"denoiser": {"dit": config.denoiser.dit}}))
+
+
+def process_keys(config: ConfigDict) -> list[str]:
+    """Keys of `config.diffusion` that decide what an output means; others are of training."""
+    c = config.diffusion
+    keys = ["predict", "schedule", "steps"]
+    if c.schedule not in CONTINUOUS:
+        keys += ["zero_terminal_snr"] if c.schedule == "cosine" else ["beta", "zero_terminal_snr"]
+    keys += ["ratios"] if c.schedule == "log_snr" else []
+    return keys + (["sigma_data"] if c.predict == "edm" else [])
 
 
 def frozen_parts(config: ConfigDict) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ def _train_block(**changes: Any) -> ConfigDict:
             betas=(0.9, 0.999),  # of Adam
             weight_decay=0.0,  # decoupled, as in AdamW
             grad_clip=0.0,  # largest global gradient norm; 0 = no clipping
+            accumulate=1,  # microbatches per update, one after the other, to save memory
+            moment_dtype="float32",  # of the first moment of Adam or Muon: float32 | bfloat16
             dtype="float32",  # compute type of the networks: float32 | bfloat16
             log_every=100,  # steps between lines of metrics
             picture_every=5000,  # steps between grids of samples or reconstructions; 0 = none
@@ -39,8 +41,17 @@ def get_config() -> ConfigDict:
         dict(
             name="",  # the config file's name; set by the command line, names the workdir
             seed=0,  # of initial weights, data order and all noise
+            # Devices along each axis, which changes no result; one may be -1, what is left
+            mesh=dict(
+                data=-1,  # batches are split over data x fsdp
+                fsdp=1,  # weights, averages and optimiser states are split, too
+                tensor=1,  # attention heads and hidden units of MLPs are split
+                dcn_data=1,  # of `data`, slices (TPU) or hosts joined by a slower network
+            ),
             data=dict(
-                source="emoji",  # emoji | scenes | folder:PATH | tfds:NAME
+                # emoji | scenes | folder:PATH | tar:SHARD-{00..09}.tar | tfds:NAME
+                # | latents:PATH (made of one of these by ldm_jax.encode)
+                source="emoji",
                 split="train",  # part of the source, e.g. train, test, train[:90%]
                 where="",  # keep the examples with COLUMN=VALUE in the metadata; '' = all
                 label="label",  # metadata column that serves as the field `label`
@@ -51,6 +62,9 @@ def get_config() -> ConfigDict:
                 fields=(),  # columns besides the image that reach the model, e.g. ('label',)
                 resolution=256,  # side of the square training images, pixels
                 crop="center",  # center | random (a square of 0.5 to 1.0 of the shorter side)
+                # Sizes (height, width) of the images that the diffusion model is trained on, e.g.
+                # ((64, 64), (96, 64)): each goes to that of the nearest ratio; () = resolution
+                buckets=(),
                 flip=True,  # mirror half of the images
                 threads=8,  # that read and decode
                 low_res=dict(  # of the field `low_res`, which is made of the image
@@ -130,7 +144,9 @@ def get_config() -> ConfigDict:
                 num_heads=0,  # attention heads; 0 = as many as fit heads of head_dim
                 head_dim=32,  # channels per head, used where num_heads is 0
                 dropout=0.0,
-                remat=False,  # recompute activations of each block in the backward pass
+                # What the backward pass computes again, to save memory: none | block (all of each
+                # block) | dots (all but products with weights, whose results are kept)
+                remat="none",
                 # These are for the unet
                 mult=(1, 2, 3, 4),  # channel multiplier per level
                 attn_downsample=(2, 4, 8),  # downsampling factors at which attention is used
@@ -245,9 +261,9 @@ def get_config() -> ConfigDict:
                 steps=200,
                 eta=1.0,  # of ddim: 0 = deterministic to 1; 1 for ddpm and 0 for all others
                 # Noise levels visited: leading | uniform and quad (the reference's grids)
-                # | linspace | linspace_open | trailing | karras
+                # | linspace | linspace_open | trailing | karras | log_snr
                 spacing="leading",
-                guidance_scale=1.0,  # 1 = off
+                guidance_scale=1.0,  # of samples with a condition; 1 = off
                 # Share by which guided outputs get the spread of unguided ones (Lin et al. 2024)
                 guidance_rescale=0.0,
                 guidance_interval=(0.0, 1.0),  # shares of the time range in which there is guidance

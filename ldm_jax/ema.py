@@ -141,6 +141,7 @@ def _write(
 
     from ldm_jax import config as config_lib
     from ldm_jax import workdir as files
+    from ldm_jax.classifier_files import open_classifier
     from ldm_jax.convert.export import export_safetensors
     from ldm_jax.convert.model import Model
     from ldm_jax.training.ema import averaged_parts
@@ -154,6 +155,7 @@ def _write(
         conditioner = files.open_weights(root, config)[1]["conditioner"]
         parts["conditioner"] |= {name: conditioner[name] for name in frozen}
     parts["first_stage"] = files.open_first_stage(root, config)
+    parts |= open_classifier(root, config)
     tokenizer = files.tokenizer_folder(root, config)
     export_safetensors(Model(config, parts, tokenizer, files.read_labels(root), step), out)
 

@@ -30,9 +30,10 @@ from typing import Any
 
 from absl import flags
 
-from ldm_jax import cli
+from ldm_jax import cli, distributed
 from ldm_jax.errors import UserError
 
+distributed.define_flags()
 _OF = flags.DEFINE_string(
     "of", "reconstruction", "What is evaluated: reconstruction, condition or likelihood."
 )
@@ -40,7 +41,9 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Workdir of a run or of an imported model, or a first stage's folder."
 )
 _SOURCE = flags.DEFINE_string(
-    "source", "", "Images: emoji, folder:PATH or tfds:NAME. Default: those of the workdir's config."
+    "source",
+    "",
+    "Images: emoji, folder:PATH, tar:SHARDS or tfds:NAME. Default: those of the workdir's config.",
 )
 _SPLIT = flags.DEFINE_string(
     "split",
@@ -70,7 +73,7 @@ _STEPS = flags.DEFINE_integer(
     "steps",
     None,
     "Of samples; default: config.sample.steps. Of the ODE of likelihoods, and time steps of their "
-    "bound, T is all of them; default: 50.",
+    "bound, at least 2, of which T is all; default: 50.",
 )
 _SCALE = flags.DEFINE_float(
     "guidance_scale", None, "Of samples. Default: config.sample.guidance_scale."
@@ -134,9 +137,10 @@ def _reconstruction(root: pathlib.Path, out: pathlib.Path) -> str:
         batch_size=_BATCH_SIZE.value,
     )
     print(table(record))
-    with cli.writing(out):
-        images.save_png(out / "reconstructions.png", found.grid())
-        write_record(out / "metrics.json", record)
+    if distributed.is_main():
+        with cli.writing(out):
+            images.save_png(out / "reconstructions.png", found.grid())
+            write_record(out / "metrics.json", record)
     return "metrics.json and reconstructions.png are"
 
 
@@ -158,9 +162,10 @@ def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
     )
     record, sheet = evaluate_conditions(root, request)
     print(condition_table(record))
-    with cli.writing(out):
-        images.save_png(out / "condition.png", sheet, condition_sheet.COLOURS)
-        write_record(out / "metrics.json", {"condition": record})
+    if distributed.is_main():
+        with cli.writing(out):
+            images.save_png(out / "condition.png", sheet, condition_sheet.COLOURS)
+            write_record(out / "metrics.json", {"condition": record})
     return "metrics.json and condition.png are"
 
 
@@ -179,8 +184,9 @@ def _likelihood(root: pathlib.Path, out: pathlib.Path) -> str:
     )
     record = evaluate_likelihood(root, request)
     print(likelihood_table(record))
-    with cli.writing(out):
-        write_record(out / "metrics.json", {"likelihood": record})
+    if distributed.is_main():
+        with cli.writing(out):
+            write_record(out / "metrics.json", {"likelihood": record})
     return "metrics.json is"
 
 

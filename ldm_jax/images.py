@@ -29,6 +29,12 @@ def to_uint8(images: np.ndarray | Array) -> np.ndarray | Array:
     return xp.clip(xp.round(levels), 0, 255).astype(np.uint8)
 
 
+def wide_columns(count: int) -> int:
+    """Columns of a grid that is wider than high, and full where that is possible."""
+    best = math.ceil(math.sqrt(count))
+    return next((c for c in range(best, 2 * best + 1) if count % c == 0), best)
+
+
 def make_grid(
     images: np.ndarray, columns: int | None = None, padding: int = 2, fill: int = 255
 ) -> np.ndarray:

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Workdir of a training run, or its first_stage.")
 _SOURCE = flags.DEFINE_string(
-    "source", None, "Another data set than the config's, all of it: emoji, folder:PATH, tfds:NAME."
+    "source",
+    None,
+    "Another data set than the config's, all of it: emoji, folder:PATH, tar:SHARDS, tfds:NAME.",
 )
 _SPLIT = flags.DEFINE_string("split", None, "Part of the source. Default: the config's.")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 0, "How many of its images; 0 = the whole set.")

@@ -25,7 +25,6 @@ from ldm_jax.fields import specify
 from ldm_jax.held_out import Examples, choose_data, count_trained, read_examples
 from ldm_jax.networks import Networks, Variables
 from ldm_jax.pipeline import Pipeline
-from ldm_jax.training.sharding import make_mesh
 from ldm_jax.types import Array, Condition
 
 NUM_IMAGES, STEPS = 128, 50  # unless one says otherwise
@@ -41,8 +40,8 @@ class Request(NamedTuple):
         split: the held-out part of the data.
         num_images: how many; 0 = 128, or all if there are fewer.
         seed: image i has the seed + i, from which its latents, noise and probe are drawn.
-        steps: of the ODE, and network calls of the bound, which has no more than time steps; None
-            = 50.
+        steps: of the ODE, and network calls of the bound, at least 2 and no more than time steps;
+            None = 50.
         batch_size: images at a time; never changes a figure.
     """
 
@@ -152,7 +151,7 @@ def _measure(
         {"image": held.images, "seeds": seeds, "fields": fields},
         (),
         config.sample.batch_size if request.batch_size is None else request.batch_size,
-        make_mesh(),
+        pipe.mesh,
     )
     return found.astype(np.float64), process
 

@@ -94,6 +94,7 @@ class Networks:
         size: tuple[int, int],
         guided: bool,
         decode: bool,
+        two_calls: bool = False,
         tile: int | None = None,
         weak: Networks | None = None,
     ) -> Array:
@@ -113,6 +114,7 @@ class Networks:
             size: (h, w) of the latents.
             guided: whether anything leads away from the null condition.
             decode: False returns the latents.
+            two_calls: see `make_denoise`.
             tile: side of the tiles, in latents, that the denoiser and the first stage see at a
                 time; None shows them everything at once.
             weak: the networks of the weaker model that guidance leads away from.
@@ -132,7 +134,7 @@ class Networks:
             null,
             guidance,
             sigma_data=self.config.diffusion.sigma_data,
-            two_calls=self.config.sample.two_calls,
+            two_calls=two_calls,
             guides=self._guides(variables, inputs, tile, weak),
         )
         encode = _in_tiles(functools.partial(self.encode, variables), tile, self._encoding)
@@ -214,5 +216,5 @@ def jitted(networks: Networks) -> dict[str, Any]:
     """The methods, compiled; what they have compiled belongs to this call's result."""
     # Bound methods would make the caches of all instances one.
     own = {name: functools.partial(getattr(networks, name)) for name in METHODS}
-    static = {"generate": ("sampler", "size", "guided", "decode", "tile", "weak")}
+    static = {"generate": ("sampler", "size", "guided", "decode", "two_calls", "tile", "weak")}
     return {name: jax.jit(f, static_argnames=static.get(name)) for name, f in own.items()}

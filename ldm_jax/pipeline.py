@@ -21,7 +21,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.first_stage.tiled import Memory, Progress, TiledFirstStage, check_sides
 from ldm_jax.networks import Networks, jitted
 from ldm_jax.sampling_memory import sampling_memory
-from ldm_jax.training.sharding import make_mesh, replicated
+from ldm_jax.training.sharding import make_mesh, put, state_shardings
 from ldm_jax.types import Array, Condition
 
 # What works without a part, or how to get it.
@@ -43,6 +43,8 @@ class Pipeline:
         step: of the checkpoint, in updates.
         label_names: names of the classes, or None where classes have only numbers.
         tokenizer: list of B captions -> (B, L) int32 tokens, or None where there is none.
+        mesh: of devices, along whose batch axes images are made together. By default all devices,
+            each with all weights; they are split as in training on one with other axes.
     """
 
     def __init__(
@@ -52,11 +54,12 @@ class Pipeline:
         step: int,
         label_names: Sequence[str] | None = None,
         tokenizer: Callable[[list[str]], np.ndarray] | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self.config, self.step, self.label_names = config, step, label_names
         self.tokenizer = tokenizer
-        self._mesh = make_mesh()
-        self.variables = jax.device_put(variables, replicated(self._mesh))
+        self.mesh = make_mesh() if mesh is None else mesh
+        self.variables = put(variables, state_shardings(variables, self.mesh))
         self._networks = Networks(config)
         self._jit = jitted(self._networks)
         self._schedule = builders.build_schedule(config)
@@ -87,6 +90,7 @@ class Pipeline:
         also: Sequence[tuple[Mapping[str, Any], float]] = (),
         weak: Pipeline | None = None,
         classifier_scale: float = 0.0,
+        two_calls: bool | None = None,
         init_image: Any | None = None,
         strength: float = 1.0,
         image: Any | None = None,
@@ -111,11 +115,11 @@ class Pipeline:
             steps: 1 to T; also the network calls, but for plms (1 more) and heun (twice, less 1).
             eta: 0 (deterministic) to 1 for ddim; other samplers know only one value.
             guidance_scale: by how much guidance leads away from the null condition, or from
-                `weak`; 1 = off.
+                `weak`; 1 = off, as it is by default where there is nothing to guide.
             guidance_rescale: see `Guidance`; 0 = off.
             guidance_interval: shares of the time range with guidance; (0, 1) is all of it.
             spacing: noise levels visited: leading, uniform, quad, linspace, linspace_open,
-                trailing or karras.
+                trailing, karras or log_snr.
             batch_size: images at a time; rounded up to a multiple of the number of devices.
             noise: (B, h, w, C) float32 to start from, in place of the seeds' own.
             negative: batch fields that guidance leads away from, in place of the null condition.
@@ -126,6 +130,7 @@ class Pipeline:
                 away from in place of the null condition: smaller, or trained for less long.
             classifier_scale: by how much the gradient of the model's classifier is followed towards
                 the class 'label' of the condition, which no conditioner need read; 0 = off.
+            two_calls: guide by network calls in turn, in the memory of one.
             init_image: (B, H, W, 3) uint8 to start from, such as strokes of colour (Meng et al.
                 2022); `strength` says how much of it may change.
             strength: share of the steps that are made, above 0; 1 without `init_image`.
@@ -142,7 +147,7 @@ class Pipeline:
                 Fields that are maps or images have the size that goes with it.
             tile: side in pixels of the overlapping tiles in which the networks see an image, one
                 at a time; 0 is all at once. By default that is so up to twice the training size,
-                beyond which tiles have the training size.
+                and of a transformer up to it, beyond which tiles have the training size.
             measured: called, before anything is made, with the bytes that this takes at most; may
                 raise. `tile` in it is what runs on the device, with its inputs.
             decode: False returns the latents.
@@ -157,10 +162,12 @@ class Pipeline:
         seeds, size = check_seeds(seeds), self.check_size(size)
         count, sampler = len(seeds), s.sampler if sampler is None else sampler
         tile = arguments.choose_tile(self.config, size, tile)
+        if tile is not None and jax.process_count() > 1:
+            raise UserError("images in tiles are made on one host: start a single process")
         further, weights = conditions.split_weights(also)
         guidance = arguments.make_guidance(
             self.config,
-            guidance_scale,
+            arguments.choose_scale(self.config, guidance_scale, condition, negative, weak),
             guidance_rescale,
             guidance_interval,
             negative is not None,
@@ -184,7 +191,9 @@ class Pipeline:
         label = None
         if guidance.classifier_scale is not None:
             known = "classifier" in self.variables
-            label, condition = conditions.label_to_find(self.config, condition, count, known, tile)
+            label, condition = conditions.label_to_find(
+                self.config, condition, count, size, known, tile
+            )
         fields = self._fields(condition, count, size)
         shape = arguments.latent_shape(self.config, size)
         inputs = {
@@ -194,13 +203,13 @@ class Pipeline:
             "also": conditions.further_conditions(
                 self.config, fields, further, count, size, self.tokenizer
             ),
-            "weak": weak and weak_fields(self, weak, condition, count, size, tile),
+            "weak": None if weak is None else weak_fields(self, weak, condition, count, size, tile),
             "label": label,
             "noise": arguments.check_noise(noise, (count, *shape)),
             **pictures,
         }
-        away = guidance.scale != 1 and weak is None  # from the null condition
-        guided = bool(further) or (away and (fields is not None or negative is not None))
+        guided = bool(further) or (guidance.scale != 1 and weak is None)  # from the null condition
+        two_calls = s.two_calls if two_calls is None else two_calls
         variables = self.variables
         if weak is not None:
             parts = {name: weak.variables[name] for name in ("denoiser", "conditioner")}
@@ -215,7 +224,7 @@ class Pipeline:
                 count=count,
                 size=size,
                 tile=tile,
-                seen=1 + guided + len(further),
+                seen=1 if two_calls else 1 + guided + len(further),
                 weak=None if weak is None else weak.config,
             )
             if tile is not None and "first_stage" in self.variables:
@@ -229,12 +238,13 @@ class Pipeline:
             inputs,
             (jax.tree.map(jnp.float32, guidance), jax.tree.map(jnp.asarray, table)),
             s.batch_size if batch_size is None else batch_size,
-            self._mesh,
+            self.mesh,
             tell if measured else None,
             sampler=sampler,
             size=shape[:2],
             guided=guided,
             decode=decode and tile is None,  # tiles of pixels are joined on the host
+            two_calls=two_calls,
             tile=None if tile is None else tile // config_lib.downsampling(self.config),
             weak=None if weak is None else weak._networks,
         )

@@ -97,6 +97,7 @@ def label_to_find(
     config: ConfigDict,
     condition: Mapping[str, Any],
     count: int,
+    size: tuple[int, int],
     classifier: bool,
     tile: int | None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -106,11 +107,12 @@ def label_to_find(
         config: of the model.
         condition: batch fields.
         count: number of images.
+        size: of the images, (height, width) in pixels.
         classifier: whether the model has one.
         tile: side of the tiles in pixels, or None.
 
     Raises:
-        UserError: there is no classifier, or no class for it, or there are tiles.
+        UserError: there is no classifier, or none of this size, or no class for it, or tiles.
     """
     if not classifier:
         raise UserError(
@@ -121,6 +123,12 @@ def label_to_find(
         raise UserError(
             "classifier_scale is for images that are made at once, not in tiles: a classifier "
             "looks at all of an image"
+        )
+    unit = config_lib.downsampling(config) * 2 ** (len(config.classifier.mult) - 1)
+    if size[0] % unit or size[1] % unit:
+        raise UserError(
+            f"images of {size[0]}x{size[1]} (height x width): the classifier of this model sees "
+            f"multiples of {unit}: change the size, or leave classifier_scale away"
         )
     if "label" not in condition:
         raise UserError(

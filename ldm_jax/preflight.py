@@ -5,15 +5,17 @@ from __future__ import annotations
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, memory
+from ldm_jax import builders, memory, stored_latents
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
 from ldm_jax.arguments import make_guidance
 from ldm_jax.classifier_files import open_classifier
 from ldm_jax.compatibility import check_resumable, check_same_architecture
 from ldm_jax.data.captions import CaptionedSource
+from ldm_jax.data.latents_source import LatentsSource, latents_folder, open_latents
 from ldm_jax.data.pipeline import check_fields
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.data.task_fields import columns
@@ -33,18 +35,22 @@ def check_parts(
 
     Returns what a first stage that is to be trained is judged by.
     """
-    check_batch(config.train.batch_size, mesh, "train.batch_size")
+    check_batch(config.train.batch_size, mesh, "train.batch_size", config.train.accumulate)
     if (workdir / files.WEIGHTS).is_file():
         raise UserError(
             f"{workdir} holds an imported model: choose another --workdir, and "
             f"--config=configs/imported.py:{workdir} to start from its weights"
         )
-    check_resumable(workdir, config)
-    judges, given = None, config.first_stage.weights
-    if (workdir / "first_stage" / files.WEIGHTS).is_file():
-        files.open_first_stage(workdir, config)  # not read yet: names and shapes
-    elif given:
-        files.open_first_stage(given, config)
+    check_resumable(workdir, config, getattr(source, "label_names", None))
+    judges, given = None, stored_latents.given_first_stage(config)
+    begun = (workdir / "first_stage" / files.WEIGHTS).is_file()
+    if begun or given:
+        opened = files.open_first_stage(workdir if begun else given, config)  # not read yet
+        if isinstance(source, LatentsSource):
+            where = files.first_stage_folder(workdir if begun else given)
+            stored_latents.check_first_stage(source, opened, where)
+            if not begun:
+                stored_latents.scaled(config, jax.tree.map(np.asarray, opened), source)
     elif config.first_stage.kind != "identity":
         block = config.first_stage.train
         check_batch(block.batch_size, mesh, "first_stage.train.batch_size")
@@ -62,7 +68,8 @@ def check_parts(
         _check_diffusion(config, workdir)
     open_classifier(workdir, config)
     if config.classifier.train.steps > 0:
-        check_batch(config.classifier.train.batch_size, mesh, "classifier.train.batch_size")
+        block, key = config.classifier.train, "classifier.train.batch_size"
+        check_batch(block.batch_size, mesh, key, block.accumulate)
         jax.eval_shape(classifier_functions(config)[0], jax.random.key(0))
     return judges
 
@@ -130,7 +137,31 @@ def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
             f"the images of config.data.source='{c.source}' must not be mirrored: set "
             "config.data.flip=False"
         )
-    names, room = source.label_names or (), config.layout.vocab_size - 1
+    return _check_classes(config, source)
+
+
+def open_training_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
+    """Opens what the diffusion model is trained on: images, or stored latents.
+
+    Raises:
+        UserError: as `open_data`, and where what is stored is not what the config asks for.
+    """
+    if latents_folder(config.data.source) is None:
+        return open_data(config, workdir)
+    source = open_latents(config)
+    if "tokens" in config.data.fields:
+        tokenizer, folder = files.training_tokenizer(workdir, config)
+        if tokenizer.digest() != source.index.vocabulary:
+            raise UserError(
+                f"the vocabulary in {folder} is not that of the captions in {source.folder}: use "
+                "that, or encode the data again"
+            )
+    return _check_classes(config, source)
+
+
+def _check_classes(config: ConfigDict, source: Source) -> Source:
+    """Returns a source whose classes the config has room for; UserError if it has not."""
+    c, names, room = config.data, source.label_names or (), config.layout.vocab_size - 1
     if "boxes" in c.fields and "label" not in c.fields and len(names) > room:
         raise UserError(
             f"the boxes of the data have {len(names)} classes, but config.layout.vocab_size is "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ldm_jax import classifier_files, images
+from ldm_jax import classifier_files, distributed, images, stored_latents
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
+from ldm_jax.data.buckets import Buckets, make_buckets
 from ldm_jax.data.captions import CaptionedSource
+from ldm_jax.data.latents_source import LatentsSource
 from ldm_jax.data.pipeline import Batches, CachedSource, epoch_batches
 from ldm_jax.data.sources import Source
 from ldm_jax.data.task_fields import passed_on
@@ -26,7 +27,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.fields import specify
 from ldm_jax.judges import Judges
 from ldm_jax.pipeline import Pipeline
-from ldm_jax.preflight import check_parts, open_data
+from ldm_jax.preflight import check_parts, open_training_data
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.alarms import first_stage_alarms
 from ldm_jax.training.classifier_steps import classifier_functions
@@ -35,12 +36,11 @@ from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts
 from ldm_jax.training.loop import Picture, Stage, fit
-from ldm_jax.training.sharding import make_mesh, replicated
+from ldm_jax.training.sharding import gather, local_part, make_mesh, put, replicated
 from ldm_jax.training.snapshots import remove_later, write_snapshots
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
-RECORDED_IMAGES = 10_000  # at most so many are measured where the latent scale does not need it
 COMPARED_IMAGES = 20_000  # at most so many training images are searched for nearest neighbours
 
 
@@ -52,15 +52,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
         Interrupted: a signal came; the same call goes on from there.
     """
     config_lib.check(config)
-    begin, mesh = time.perf_counter(), make_mesh()
-    source = open_data(config, workdir)
-    judges = check_parts(config, workdir, source, mesh)
-    files.claim(workdir, config, allow_config_change)
-    if {"label", "boxes"} & set(config.data.fields) and source.label_names:
-        files.write_labels(workdir, source.label_names)
-    if "tokens" in config.data.fields:  # a run can then be sampled from anywhere
-        _, folder = files.training_tokenizer(workdir, config)
-        files.copy_tokenizer(folder, workdir / files.TOKENIZER)
+    begin = time.perf_counter()
+    with distributed.agreed():
+        mesh = make_mesh(config.mesh)
+        source = open_training_data(config, workdir)
+        judges = check_parts(config, workdir, source, mesh)
+        if distributed.is_main():
+            _claim(config, workdir, source, allow_config_change)
     with Interrupts() as interrupts:
         job = _Run(config, workdir, source, mesh, interrupts)
         frozen = job.first_stage(judges)
@@ -80,6 +78,18 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     for path in shown:
         print(f"  {path}")
     print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
+
+
+def _claim(
+    config: ConfigDict, workdir: pathlib.Path, source: Source, allow_config_change: bool
+) -> None:
+    """Makes a workdir this run's own, with what sampling needs besides weights."""
+    files.claim(workdir, config, allow_config_change)
+    if {"label", "boxes"} & set(config.data.fields) and source.label_names:
+        files.write_labels(workdir, source.label_names)
+    if "tokens" in config.data.fields:  # a run can then be sampled from anywhere
+        _, folder = files.training_tokenizer(workdir, config)
+        files.copy_tokenizer(folder, workdir / files.TOKENIZER)
 
 
 class _Run:
@@ -105,22 +115,21 @@ class _Run:
         config, directory = self.config, self.workdir / "first_stage"
         if (directory / files.WEIGHTS).is_file():
             return files.load_first_stage(self.workdir, config)
-        if config.first_stage.weights:
-            frozen = files.load_first_stage(config.first_stage.weights, config)
+        if given := stored_latents.given_first_stage(config):
+            frozen = files.load_first_stage(given, config)
         elif config.first_stage.kind == "identity":
-            frozen = {
-                "latents": {"shift": np.zeros(3, np.float32), "scale": np.ones(3, np.float32)}
-            }
+            frozen = {"latents": latents_lib.unscaled(config)}
         else:
             frozen = self._train_first_stage(directory, judges)
         frozen, record = self._measure(frozen)
-        files.save_first_stage(directory, config, jax.device_get(frozen), record)
+        if distributed.is_main():
+            files.save_first_stage(directory, config, frozen, record)
         return frozen
 
     def _train_first_stage(self, directory: pathlib.Path, judges: Judges) -> dict[str, Any]:
         config, block = self.config, self.config.first_stage.train
         init, step = first_stage_functions(config)
-        networks = jax.device_put(judges.networks, replicated(self.mesh))
+        networks = put(judges.networks, replicated(self.mesh))
         evaluate = evaluator(config, judges.metrics, networks, self.mesh)
 
         def picture(state: TrainState, number: int) -> Picture:
@@ -133,7 +142,7 @@ class _Run:
                 lambda done: self.interrupts.check("while evaluating the first stage"),
             )
             path = directory / "reconstructions" / f"step_{number:07d}.png"
-            images.save_png(path, found.grid())
+            _save_picture(path, found.grid())
             return Picture(path, {f"eval_{name}": value for name, value in found.scalars.items()})
 
         stage = Stage(
@@ -147,40 +156,23 @@ class _Run:
             picture_at_end=True,
             alarms=lambda scalars: first_stage_alarms(scalars, config),
         )
-        trained = self._variables(self._fit(stage, self._batches(self.source, stage.block), 1))
+        state = self._fit(stage, self._batches(self.source, stage.block), 1)
+        trained = gather(self._variables(state))
         _check_finite(trained, stage, "first_stage")
         return trained
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         """A trained first stage's variables, with latents that are not scaled yet."""
-        return {"params": trained_weights(state), "latents": self._unscaled()}
-
-    def _unscaled(self) -> dict[str, np.ndarray]:
-        channels = config_lib.latent_channels(self.config)
-        return {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
+        return {"params": trained_weights(state), "latents": latents_lib.unscaled(self.config)}
 
     def _measure(self, frozen: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the variables with the scale that the config asks for, and what it is made of."""
-        config, rule, statistics = self.config, self.config.first_stage.latent_scale, None
+        config = self.config
+        if isinstance(self.source, LatentsSource):
+            return stored_latents.scaled(config, frozen, self.source)
         own = not config.first_stage.weights and config.first_stage.kind != "identity"
-        if rule in latents_lib.RULES or own:
-            count = config.first_stage.stats_images
-            if rule not in latents_lib.RULES:  # for the record
-                count = count or RECORDED_IMAGES
-            batches = (
-                latents_lib.first_batch(config, self.source)
-                if rule == "first_batch"
-                else latents_lib.one_pass(config, self.source, count)
-            )
-            check = lambda: self.interrupts.check("while measuring the latents")  # noqa: E731
-            statistics = latents_lib.measure(config, frozen, batches, self.mesh, check)
-            print(
-                f"latents: mean {statistics.mean:.4f}, standard deviation {statistics.std:.4f} "
-                f"over {statistics.images} images"
-            )
-        frozen = latents_lib.rescale(frozen, rule, statistics)
-        print(f"latents: {rule} scale, mean {np.mean(frozen['latents']['scale']):.4f}")
-        return frozen, latents_lib.record(frozen, rule, statistics)
+        check = lambda: self.interrupts.check("while measuring the latents")  # noqa: E731
+        return latents_lib.scaled(config, frozen, self.source, self.mesh, check, trained=own)
 
     # -- diffusion ------------------------------------------------------------------------------
 
@@ -197,7 +189,8 @@ class _Run:
             }
             if not pipe:
                 variables = weights | {"first_stage": frozen}
-                pipe.append(Pipeline(config, variables, 0, self.source.label_names))
+                names = self.source.label_names
+                pipe.append(Pipeline(config, variables, 0, names, mesh=self.mesh))
             # The state's buffers are given to the next step, so the pipeline is only good until
             # then, unless this is the last one.
             pipe[0].variables, pipe[0].step = pipe[0].variables | weights, int(state.step)
@@ -205,14 +198,14 @@ class _Run:
 
         def picture(state: TrainState, number: int) -> Picture:
             path = self.workdir / "samples" / f"step_{number:07d}.png"
-            images.save_png(path, self._grid(self._samples(update(state))))
+            _save_picture(path, self._grid(self._samples(update(state))))
             return Picture(path)
 
         start = self._starting_weights()
         kept = profiles(config)
 
         def snapshot(state: TrainState, number: int) -> None:
-            write_snapshots(self.workdir / files.AVERAGES, state.averages, kept, number)
+            write_snapshots(self.workdir / files.AVERAGES, gather(state.averages), kept, number)
 
         stage = Stage(
             "diffusion",
@@ -220,7 +213,7 @@ class _Run:
             config.train,
             init,
             step,
-            frozen,
+            frozen | stored_latents.stored_null(config, source),
             picture,
             start,
             snapshot=snapshot if kept else None,
@@ -237,8 +230,20 @@ class _Run:
                 self.source,
                 latents_lib.encoder(self.config, frozen, self.mesh),
                 lambda: self.interrupts.check("while encoding the images"),
+                self.buckets,
+                self.mesh,
             )
         return self.encoded or self.source
+
+    @functools.cached_property
+    def buckets(self) -> Buckets | None:
+        """The sizes that the diffusion model is trained on, where they are several."""
+        c = self.config.data
+        if not c.buckets:
+            return None
+        made = make_buckets(self.source, c.buckets, c.threads)
+        print(f"buckets (height x width): {made.summary()}")
+        return made
 
     def _starting_weights(self) -> dict[str, Any] | None:
         """The weights to fine-tune, if any: a run that has a checkpoint goes on from there."""
@@ -246,7 +251,9 @@ class _Run:
         if not source or files.has_checkpoint(self.workdir):
             return None
         print(f"diffusion: starting from the weights in {source}")
-        return files.load_weights(source, self.config)[1]
+        start = files.load_weights(source, self.config)[1]
+        stored_latents.check_text_encoder(self.config, self.source, start.get("conditioner", {}))
+        return start
 
     def _samples(self, pipe: Pipeline) -> np.ndarray:
         """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""
@@ -276,7 +283,7 @@ class _Run:
         return {name: batch[name][np.arange(count) % len(batch[name])] for name in fields}
 
     def _grid(self, pixels: np.ndarray) -> np.ndarray:
-        return images.make_grid(pixels, columns=_columns(len(pixels)))
+        return images.make_grid(pixels, columns=images.wide_columns(len(pixels)))
 
     # -- classifier -----------------------------------------------------------------------------
 
@@ -289,15 +296,16 @@ class _Run:
         functions = classifier_functions(self.config)
         stage = Stage("classifier", directory, block, *functions, frozen, picture=None)
         state = self._fit(stage, self._batches(self._latents(frozen), block), 4)
-        params = jax.device_get(state.params["classifier"])
+        params = gather(state.params["classifier"])
         _check_finite(params, stage, "classifier")
-        classifier_files.save_classifier(self.workdir, params)
+        if distributed.is_main():
+            classifier_files.save_classifier(self.workdir, params)
 
     def final_pictures(self, pipe: Pipeline) -> list[pathlib.Path]:
         """Writes the final grid and, if asked for, each sample's nearest training image."""
         samples = self._samples(pipe)
         paths = [self.workdir / "samples" / "final.png"]
-        images.save_png(paths[0], self._grid(samples))
+        _save_picture(paths[0], self._grid(samples))
         if self.config.sample.nearest:
             count = min(len(self.source), COMPARED_IMAGES)
             references = self._examples(count)
@@ -305,8 +313,10 @@ class _Run:
                 references = np.concatenate([references, references[:, :, ::-1]])
             indices, distances = images.nearest(samples, references)
             paths.append(self.workdir / "samples" / "final_nearest.png")
-            pairs = images.pairs_grid(samples, references[indices], columns=_columns(len(samples)))
-            images.save_png(paths[1], pairs)
+            pairs = images.pairs_grid(
+                samples, references[indices], columns=images.wide_columns(len(samples))
+            )
+            _save_picture(paths[1], pairs)
             middle, least = np.median(distances), distances.min()
             print(
                 f"nearest of {count} training images: root mean square difference {middle:.1f} "
@@ -321,9 +331,10 @@ class _Run:
 
     def _fit(self, stage: Stage, batches: Any, purpose: int) -> TrainState:
         params = jax.eval_shape(stage.init, self.key).params
-        stage.directory.mkdir(parents=True, exist_ok=True)
         table = parameter_overview.get_parameter_overview(params, include_stats=False)
-        (stage.directory / "parameters.txt").write_text(table + "\n", encoding="utf-8")
+        if distributed.is_main():
+            stage.directory.mkdir(parents=True, exist_ok=True)
+            (stage.directory / "parameters.txt").write_text(table + "\n", encoding="utf-8")
         parts = ", ".join(
             f"{name} {parameter_overview.count_parameters(tree):,}" for name, tree in params.items()
         )
@@ -341,6 +352,8 @@ class _Run:
         else:
             transform = latents_lib.transform(self.config)
 
+        index, processes = local_part(self.mesh)
+
         def start(step: int) -> Batches:
             return Batches(
                 source,
@@ -350,8 +363,9 @@ class _Run:
                 start_step=step,
                 fields=fields if conditional else (),
                 threads=self.config.data.threads,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_index=index,
+                process_count=processes,
+                buckets=self.buckets if conditional else None,
             )
 
         return start
@@ -373,14 +387,13 @@ class _Run:
 
 def _check_finite(weights: Any, stage: Stage, key: str) -> None:
     """Raises UserError if the last update of a stage has broken its weights."""
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(weights))):
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)):
         raise UserError(
             f"the weights of the {stage.name} in {stage.directory} are not finite: remove its "
             f"checkpoints, and start again with a lower config.{key}.train.lr"
         )
 
 
-def _columns(count: int) -> int:
-    """Columns of a grid that is wider than high, and full where that is possible."""
-    best = math.ceil(math.sqrt(count))
-    return next((c for c in range(best, 2 * best + 1) if count % c == 0), best)
+def _save_picture(path: pathlib.Path, image: np.ndarray) -> None:
+    if distributed.is_main():
+        images.save_png(path, image)

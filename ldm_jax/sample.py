@@ -17,9 +17,10 @@ from typing import Any
 
 from absl import flags
 
-from ldm_jax import cli, sample_inputs
+from ldm_jax import cli, distributed, sample_inputs
 from ldm_jax.errors import UserError
 
+distributed.define_flags()
 _WORKDIR = flags.DEFINE_string("workdir", "", "Workdir of a training run.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 16, "How many images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Images at a time; never changes an image.")
@@ -65,6 +66,7 @@ def main() -> None:
     if _NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples is {_NUM_SAMPLES.value}, but must be at least 1")
     from ldm_jax import images
+    from ldm_jax.arguments import choose_scale
     from ldm_jax.diffusion.samplers import nearest_eta
     from ldm_jax.workdir import load
 
@@ -78,13 +80,15 @@ def main() -> None:
         "sampler": sampler,
         "steps": defaults.steps if _STEPS.value is None else _STEPS.value,
         "eta": nearest_eta(sampler, defaults.eta) if _ETA.value is None else _ETA.value,
-        "guidance_scale": defaults.guidance_scale if _SCALE.value is None else _SCALE.value,
+        "guidance_scale": _SCALE.value,
         "spacing": defaults.spacing if _SPACING.value is None else _SPACING.value,
     }
     if _RESCALE.value is not None:
         settings["guidance_rescale"] = _RESCALE.value
     if _INTERVAL.value is not None:
         settings["guidance_interval"] = _interval(_INTERVAL.value)
+    guided = (inputs.get(name) for name in ("condition", "negative", "weak"))
+    scale = choose_scale(pipe.config, _SCALE.value, *guided)  # that is used
     condition = inputs["condition"] or {}
     shown = {name: _plain(value) for name, value in condition.items() if name in READABLE}
     out = pathlib.Path(
@@ -104,7 +108,9 @@ def main() -> None:
         if tuple(inputs["size"]) != pipe.check_size(None):
             extra["size"] = inputs["size"]
         record = {"checkpoint_step": pipe.step, **settings, **extra, "seeds": seeds}
-        record["condition"] = shown
+        record |= {"guidance_scale": scale, "condition": shown}
+        if not distributed.is_main():
+            return
         images.save_numbered(out, pixels)
         for name, picture in pictures.items():
             images.save_png(out / f"{name}.png", picture)

@@ -49,6 +49,9 @@ _CLASSIFIER_SCALE = flags.DEFINE_float(
     "How much the gradient of the model's classifier is followed towards --label; 1 is Bayes' "
     "rule, 0 = off.",
 )
+_TWO_CALLS = flags.DEFINE_bool(
+    "two_calls", None, "Guide by network calls in turn, which take the memory of one."
+)
 _LAYOUT = flags.DEFINE_string(
     "layout",
     None,
@@ -106,7 +109,7 @@ def read_inputs(pipe: Pipeline, count: int) -> tuple[dict[str, Any], dict[str, n
     condition = _condition(pipe, count, size, pictures)
     inputs = {"condition": condition, "size": size}
     # What is not given is left to the defaults of `Pipeline.sample`.
-    given = (_TILE, _NOISE_LEVEL, _CLASSIFIER_SCALE)
+    given = (_TILE, _NOISE_LEVEL, _CLASSIFIER_SCALE, _TWO_CALLS)
     inputs |= {f.name: f.value for f in given if f.value is not None}
     if _NOISE_LEVEL.value is not None:
         _need(pipe, "noise_level", _NOISE_LEVEL)
@@ -137,6 +140,7 @@ def memory_check(pipe: Pipeline, inputs: dict[str, Any]) -> Callable[[Memory], N
     It is for `measured` of `Pipeline.sample`, with the inputs that `read_inputs` returned.
     """
     from ldm_jax.arguments import choose_tile
+    from ldm_jax.config import has_null
 
     (height, width), resolution = inputs["size"], pipe.config.data.resolution
     tile = choose_tile(pipe.config, (height, width), inputs.get("tile"))
@@ -144,10 +148,14 @@ def memory_check(pipe: Pipeline, inputs: dict[str, Any]) -> Callable[[Memory], N
         return None
     what = f"a batch of {height}x{width} " + ("at once" if tile is None else f"in tiles of {tile}")
     less = f"use --tile={resolution} or a" if tile is None else "use a smaller --tile or"
+    less += " smaller --batch_size"
+    guided = has_null(pipe.config) or inputs.keys() & {"weak", "classifier_scale"}
+    if guided and not inputs.get("two_calls", pipe.config.sample.two_calls):
+        less += ", or guide with --two_calls"
 
     def check(need: Memory) -> None:
         print(f"{what}; memory: {need.bound('a batch')}", flush=True)
-        need.check_fits(what, f"{less} smaller --batch_size")
+        need.check_fits(what, less)
 
     return check
 

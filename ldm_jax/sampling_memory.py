@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from ldm_jax import config as config_lib
 from ldm_jax import memory
 from ldm_jax.first_stage.tiled import Memory
+from ldm_jax.nn.attend import logits_in_memory
 from ldm_jax.nn.attention import head_count
 
 # Bytes per pixel on the host, as uint8: of all images in parts, joined, pasted and in a grid; and
@@ -21,9 +22,9 @@ RESULTS, DECODED = 4 * 3, 3 * 12
 def attention_bytes(config: ConfigDict, size: tuple[int, int], batch: int) -> int:
     """Bytes of the largest matrix of attention weights in denoiser and first stage, float32.
 
-    It has the square of the number of tokens for each head and each of `batch` images of `size` =
-    (height, width) pixels. The matrix products of CPUs keep one that the compiler does not count
-    (measured with jax 0.10.2: 1.0 of them).
+    It is that of all tokens, or of tiles where they are many, for each head and each of `batch`
+    images of `size` = (height, width) pixels. The matrix products of CPUs keep one that the
+    compiler does not count (measured with jax 0.10.2: 1.0 of them).
     """
     d, f = config.denoiser, config.first_stage
     latents = math.prod(size) // config_lib.downsampling(config) ** 2
@@ -38,7 +39,7 @@ def attention_bytes(config: ConfigDict, size: tuple[int, int], batch: int) -> in
         for level in range(len(f.mult)):
             if 2**level in f.attn_downsample or (f.mid_attn and level == len(f.mult) - 1):
                 pixels = math.prod(size) // (f.patch * 2**level) ** 2
-                largest = max(largest, 4 * batch * pixels**2)
+                largest = max(largest, 4 * logits_in_memory(pixels, batch))
     return largest
 
 
@@ -56,7 +57,7 @@ def _largest_matrix(network: ConfigDict, latents: int, num_heads: int, batch: in
             heads = head_count(
                 mult * network.width, num_heads, 0 if num_heads else network.head_dim
             )
-            largest = max(largest, 4 * batch * heads * (latents // 4**level) ** 2)
+            largest = max(largest, 4 * logits_in_memory(latents // 4**level, batch * heads))
     return largest
 
 

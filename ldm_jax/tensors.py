@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -272,6 +273,16 @@ def open_tree(path: str | os.PathLike[str], like: dict[str, Any]) -> dict[str, A
     tree = traverse_util.unflatten_dict(flat, sep="/")
     # An empty part, such as the weights of no conditioner, has no names.
     return {name: {} for name in like} | tree
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """SHA-256, in hex, of the names, types, shapes and values of a nested dict of arrays."""
+    flat, found = traverse_util.flatten_dict(dict(tree), sep="/"), hashlib.sha256()
+    for name in sorted(flat):
+        array = np.asarray(flat[name])
+        found.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 def _read(path: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

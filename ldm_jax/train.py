@@ -14,8 +14,9 @@ import pathlib
 
 from absl import flags
 
-from ldm_jax import cli
+from ldm_jax import cli, distributed
 
+distributed.define_flags()
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Everything of the run goes here. Default: runs/<config name>."
@@ -29,9 +30,11 @@ def main() -> None:
     """Reads the flags and runs all stages."""
     config = cli.read_config(_CONFIG)
     workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / config.name)
+    from ldm_jax.config import to_json
     from ldm_jax.run import run  # imports jax: bad flags are answered before that
 
     cli.use_compilation_cache()
+    distributed.check_same({"the config": to_json(config)})
     run(config, workdir, allow_config_change=_ALLOW_CHANGE.value)
 
 

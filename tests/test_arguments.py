@@ -3,7 +3,7 @@
 import pytest
 
 from ldm_jax import config as config_lib
-from ldm_jax.arguments import make_guidance
+from ldm_jax.arguments import choose_scale, make_guidance
 from ldm_jax.diffusion.guidance import Guidance
 from ldm_jax.errors import UserError
 
@@ -26,6 +26,25 @@ def test_what_is_not_given_is_the_configs_where_there_is_guidance():
     composed = make_guidance(c, weights=(2, -0.5), classifier_scale=10)
     assert composed == Guidance(1.0, 0.7, (0.0, 500.0), (2.0, -0.5), 10.0)
     assert make_guidance(config(()), 2.0, weak=True) == Guidance(2.0)
+
+
+def test_a_scale_needs_something_to_guide():
+    c = config()
+    c.sample.guidance_scale = 2.0
+    label = {"label": [3]}
+    assert choose_scale(c, None, label) == 2.0 and choose_scale(c, 5.0, label) == 5.0
+    assert choose_scale(c, None, None, negative=label) == choose_scale(c, None, None, None, 1) == 2
+    # A default is off without a condition, and what asks for more is refused.
+    assert choose_scale(c, None, None) == choose_scale(c, None, {}) == choose_scale(c, 1, None) == 1
+    with pytest.raises(UserError, match=r"guidance_scale is 5\.0, but without a condition"):
+        choose_scale(c, 5.0, {})
+    # A label may be there for the classifier alone.
+    text = config(("text",))
+    text.text.null_tokens = (1, 2)
+    text.sample.guidance_scale = 2.0
+    assert choose_scale(text, None, label) == 1 and choose_scale(text, None, {"text": ["a"]}) == 2
+    with pytest.raises(UserError, match="nothing to guide"):
+        choose_scale(text, 5.0, label)
 
 
 def test_an_interval_becomes_times():

@@ -103,6 +103,17 @@ def test_a_finished_run_gets_one_and_a_broken_one_goes_on(straight, tmp_path, mo
     assert config_lib.to_json(tiny_config()) == (workdir / "config.json").read_text()
 
 
+def test_it_does_not_outlive_its_classes(straight):
+    before = (straight / "config.json").read_text()
+    other = tiny_config()
+    other.data.where = "category=Animals & Nature"
+    with pytest.raises(
+        UserError, match=r"the classifier in .* with classes of other names: remove"
+    ):
+        run(other, straight, allow_config_change=True)
+    assert (straight / "config.json").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -67,6 +67,62 @@ def test_changes_of_a_first_stage_half_way_are_named(tmp_path):
     check_resumable(tmp_path, new)
 
 
+ZERO = {"diffusion.predict": "v", "diffusion.zero_terminal_snr": True}
+
+
+@pytest.mark.parametrize(
+    ("old", "changes", "said"),
+    [
+        ({}, {"diffusion.predict": "v"}, r"config\.diffusion\.predict: set it as it was, or"),
+        ({}, {"diffusion.beta": (0.001, 0.02)}, r"config\.diffusion\.beta: set it"),
+        ({}, ZERO, r"predict, config\.diffusion\.zero_terminal_snr: set these"),
+        ({}, {"diffusion.schedule": "cosine", "diffusion.steps": 9}, r"schedule, .*\.steps: set"),
+        ({"diffusion.schedule": "log_snr"}, {"diffusion.ratios": (0.1, 9.0)}, r"\.ratios: set it"),
+        ({"diffusion.predict": "edm"}, {"diffusion.sigma_data": 0.5}, r"\.sigma_data: set it"),
+        # What is not read says nothing of the outputs, nor do the loss and its weights.
+        ({"diffusion.schedule": "cosine"}, {"diffusion.beta": (0.001, 0.02)}, ""),
+        ({}, {"diffusion.sigma_data": 0.5, "diffusion.ratios": (0.1, 9.0)}, ""),
+        ({}, {"diffusion.weighting": "min_snr", "diffusion.loss": "l1"}, ""),
+    ],
+)
+def test_a_trained_model_keeps_the_meaning_of_its_outputs(old, changes, said, tmp_path):
+    if "diffusion.schedule" in old | changes:
+        old = old | {"sample.spacing": "leading"}
+    (tmp_path / "config.json").write_text(config_lib.to_json(make_config(**old)))
+    new = make_config(**old | changes)
+    check_resumable(tmp_path, new)  # nothing is trained yet
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    if not said:
+        return check_resumable(tmp_path, new)
+    way_out = r".* another --workdir, which can start from these weights \(config\.init_from="
+    with pytest.raises(UserError, match=f"the outputs of the model in .*{said}{way_out}"):
+        check_resumable(tmp_path, new)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "said"),
+    [
+        ({"diffusion.schedule": "cosine"}, "ab", r"another config\.diffusion\.schedule"),
+        ({"label.num_classes": 5}, "ab", r"another config\.label\.num_classes"),
+        ({"data.label": "colour"}, "ab", r"another config\.data\.label"),
+        ({}, "ac", "classes of other names"),
+        ({"diffusion.predict": "v", "classifier.train.lr": 1.0}, "ab", ""),
+        ({}, None, ""),
+    ],
+)
+def test_a_classifier_of_other_classes_or_levels_is_not_kept(changes, names, said, tmp_path):
+    (tmp_path / "config.json").write_text(config_lib.to_json(make_config()))
+    (tmp_path / "labels.json").write_text('["a", "b"]')
+    new, names = make_config(**changes), names and list(names)
+    check_resumable(tmp_path, new, names)
+    (tmp_path / "classifier").mkdir()
+    (tmp_path / "classifier" / "weights.safetensors").touch()
+    if not said:
+        return check_resumable(tmp_path, new, names)
+    with pytest.raises(UserError, match=rf"the classifier in .*/classifier .* {said}: remove that"):
+        check_resumable(tmp_path, new, names)
+
+
 def test_keys_of_the_other_kind_of_denoiser_do_not_keep_weights_from_being_used(tmp_path):
     (tmp_path / "config.json").write_text(config_lib.to_json(make_config()))
     check_same_architecture(tmp_path, make_config(**{"denoiser.dit.patch": 4}))

@@ -18,9 +18,10 @@ from ldm_jax.convert.export import export_safetensors
 from ldm_jax.errors import UserError
 from ldm_jax.run import run
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
+from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.ema import Profile, averaged_parts
 from ldm_jax.training.loop import _start_from
-from ldm_jax.training.sharding import make_mesh, replicated
+from ldm_jax.training.sharding import make_mesh, replicated, state_shardings
 from ldm_jax.training.snapshots import write_snapshots
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
@@ -192,9 +193,14 @@ def test_what_was_stored_is_taken_as_it_is(flag, name, workdir):
     jax.tree.map(np.testing.assert_array_equal, weights, stored)
 
 
-def test_frozen_encoders_come_along(tmp_path):
+def test_frozen_encoders_and_a_classifier_come_along(tmp_path):
     """They are the same at every step, so that no average holds them."""
     model = make_model(MODELS["text_clip"])
+    config = model.config.copy_and_resolve_references()
+    config.classifier.update(width=32, mult=(1,), depth=1, attn_downsample=())
+    shapes = jax.eval_shape(classifier_functions(config)[0], jax.random.key(0)).params
+    classifier = jax.tree.map(lambda leaf: np.full(leaf.shape, 3, np.float32), shapes)
+    model = model._replace(config=config, weights=model.weights | classifier)
     model = model._replace(tokenizer=make_tokenizer(tmp_path / "words", "clip"))
     export_safetensors(model, tmp_path / "run")
     averaged = averaged_parts(model.weights, config_lib.frozen_parts(model.config))
@@ -205,6 +211,7 @@ def test_frozen_encoders_come_along(tmp_path):
     command("ema", f"--workdir={tmp_path / 'run'}", "--std=0.1", f"--out={tmp_path / 'out'}")
     made = ldm_jax.load(tmp_path / "out")
     assert made.step == 7 and made.tokenizer is not None
+    assert made.variables.keys() == {"first_stage", "denoiser", "conditioner", "classifier"}
     expected = model.weights | {"denoiser": averaged["denoiser"]}
     jax.tree.map(np.testing.assert_array_equal, dict(made.variables), expected)
 
@@ -216,9 +223,9 @@ def test_averages_start_from_given_weights():
         ema = {"denoiser": {"w": jnp.full(2, value)}}
         return TrainState(jnp.int32(0), params, ema, (), averages=averages)
 
-    sharding = replicated(make_mesh())
+    split = state_shardings(state(5.0), make_mesh())
     given = {"denoiser": {"w": np.ones(2, np.float32)}}
-    started = _start_from(state(5.0), given, sharding)
+    started = _start_from(state(5.0), given, split)
     for tree in (started.params, started.ema_params, started.averages["decay_0.9"]):
         np.testing.assert_array_equal(tree["denoiser"]["w"], 1)
     np.testing.assert_array_equal(started.averages["decay_0.9"]["conditioner"]["v"], 5)

@@ -9,9 +9,11 @@ from absl import flags
 from golden_utils import quick_jit
 from toy_models import NOISE, model, read
 
-from ldm_jax import builders
+from ldm_jax import builders, memory, pipeline, sample_inputs
 from ldm_jax import workdir as files
+from ldm_jax.autoguidance import check_weak
 from ldm_jax.errors import UserError
+from ldm_jax.first_stage.tiled import Memory
 from ldm_jax.pipeline import Pipeline
 
 LABELS = {
@@ -126,6 +128,8 @@ def test_more_models_that_cannot_guide_each_other(pipe, unconditional, weak):
     renamed.label_names = ["bus", "animal", "cat"]
     with pytest.raises(UserError, match="other names"):
         guided(weak=renamed)
+    with pytest.raises(UserError, match=r"load the weaker model: ldm_jax\.load\('runs/x'\)"):
+        guided(weak="runs/x")
     without = changed(pipe)
     del without.variables["denoiser"]
     with pytest.raises(UserError, match="no weights of its denoiser"):
@@ -134,6 +138,36 @@ def test_more_models_that_cannot_guide_each_other(pipe, unconditional, weak):
         guided(weak=weak, guidance_scale=1.0)
     with pytest.raises(UserError, match="no place for a negative condition"):
         guided(weak=weak, negative={"label": [0, 0]})
+
+
+def test_classes_without_names_are_compared_by_number_alone(pipe, weak):
+    unnamed = changed(weak)
+    unnamed.label_names = None
+    check_weak(pipe, unnamed)
+    check_weak(unnamed, pipe)
+
+
+def test_without_a_condition_the_scale_of_the_config_is_off(pipe, monkeypatch):
+    seen = []
+
+    def in_batches(program, variables, inputs, shared, *_, guided, **__):
+        seen.append((shared[0].scale.item(), guided))
+
+    monkeypatch.setattr(pipeline, "in_batches", in_batches)
+    config = pipe.config.copy_and_resolve_references()
+    config.sample.guidance_scale = 3.0
+    default = Pipeline(config, pipe.variables, 0, pipe.label_names)
+    also = [({"label": [0, 0]}, 1.5)]
+    for labels, settings in (
+        (None, {}),
+        ((1, 2), {}),
+        (None, {"negative": {"label": [0, 0]}}),
+        (None, {"also": also}),
+    ):
+        sample(default, labels, **settings)
+    assert seen == [(1.0, False), (3.0, True), (3.0, True), (1.0, True)]
+    with pytest.raises(UserError, match=r"guidance_scale is 2\.0, but without a condition"):
+        sample(pipe, None, guidance_scale=2.0)
 
 
 def test_conditions_are_composed_by_weight(pipe):
@@ -218,6 +252,15 @@ def measure(pipe, labels=(0, 1), **settings):
     return found[0]
 
 
+def test_the_sides_that_a_classifier_takes(pipe):
+    config = pipe.config.copy_and_resolve_references()
+    config.classifier.mult = (1, 2)
+    coarser = Pipeline(config, pipe.variables, 0, pipe.label_names)
+    said = r"images of 32x36 \(height x width\): the classifier of this model sees multiples of 8"
+    with pytest.raises(UserError, match=said):
+        sample(coarser, classifier_scale=1.0, size=(32, 36))
+
+
 def test_what_guides_is_counted_in_the_memory(pipe, weak):
     """Only compiled: nothing of this is run."""
     large = dict(size=(64, 64), tile=0)
@@ -229,10 +272,29 @@ def test_what_guides_is_counted_in_the_memory(pipe, weak):
     ):
         need = measure(pipe, **large, **settings)
         assert need.tile > plain.tile, settings
+        if "also" in settings:  # calls in turn need no memory for a batch of three
+            assert measure(pipe, **large, **settings, two_calls=True).tile < need.tile
         if "weak" in settings:
             theirs = (weak.variables[name] for name in ("denoiser", "conditioner"))
             added = sum(x.nbytes for part in theirs for x in jax.tree.leaves(part))
             assert need.weights == plain.weights + added
+
+
+def test_calls_in_turn_are_a_way_out_of_too_little_memory(pipe, unconditional, monkeypatch):
+    monkeypatch.setattr(memory, "free_on_host", lambda: 0)
+    monkeypatch.setattr(memory, "free_on_device", lambda: None)
+    need, size = Memory(0, 1, 1), dict(height=64, width=64)
+    for model_, given, named in (
+        (pipe, {}, True),
+        (pipe, {"two_calls": True}, False),
+        (unconditional, {}, False),
+        (unconditional, {"label": ["1"], "classifier_scale": 1.0}, True),
+    ):
+        inputs, _ = read(model_, **size, **given)
+        assert inputs.get("two_calls") == given.get("two_calls")
+        with pytest.raises(UserError, match="smaller --batch_size") as error:
+            sample_inputs.memory_check(model_, inputs)(need)
+        assert str(error.value).endswith(", or guide with --two_calls") == named
 
 
 def test_all_kinds_together_by_their_flags(pipe, weak, tmp_path):

@@ -11,10 +11,11 @@ ROOT = pathlib.Path(ldm_jax.__file__).parent
 # In order: each part may import those before it, except its siblings in the same line.
 ORDER = (
     ("types", "errors"),
-    ("defaults", "published", "small"),
-    ("checks_diffusion", "checks_classifier"),
+    ("defaults", "published", "small", "distributed"),
+    ("checks_mesh", "checks_diffusion", "checks_classifier", "checks_buckets", "checks_latents"),
     ("checks",),
-    ("random", "images", "config", "tensors", "download", "memory"),
+    ("random", "images", "config", "tensors", "download", "memory", "flops", "hlo", "topology"),
+    ("roofline",),
     ("nn", "data", "diffusion"),
     ("first_stage", "denoisers", "conditioners", "metrics"),
     ("fields",),
@@ -25,7 +26,7 @@ ORDER = (
     ("autoguidance", "batches"),
     ("pipeline", "cli"),
     ("workdir",),
-    ("compatibility",),
+    ("compatibility", "stored_latents"),
     ("convert",),
     ("weights",),
     ("judges", "sample_inputs"),
@@ -36,7 +37,10 @@ ORDER = (
     ("condition_figures",),
     ("obedience", "likelihoods"),
     ("run", "sample", "latent_statistics", "evaluate", "reconstruct", "ema", "__init__"),
-    ("train",),
+    ("train", "encode", "programs"),
+    ("compile", "timing", "stand_ins"),
+    ("measures",),
+    ("benchmark",),
 )
 
 

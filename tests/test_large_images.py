@@ -187,13 +187,15 @@ def test_tiles_take_the_memory_of_one(plain):
 
 
 def test_attention_between_all_pixels_is_counted(plain):
-    # 128 x 128 latents, whose middle has 32 channels and so one head; the first stage has none.
-    assert attention_bytes(plain.config, (512, 512), 3) == 3 * 4 * 128**4
+    # 16 x 16 latents, whose middle has 32 channels and so one head; the first stage has none.
+    assert attention_bytes(plain.config, (64, 64), 3) == 3 * 4 * 16**4
+    # 128 x 128 of them: no longer the whole matrix, but tiles.
+    assert attention_bytes(plain.config, (512, 512), 3) == 3 * 4 * 512**2
     deeper = model(**{"denoiser.mult": (1, 2), "denoiser.head_dim": 32})
-    assert attention_bytes(deeper.config, (512, 256), 1) == 2 * 4 * (64 * 32) ** 2
+    assert attention_bytes(deeper.config, (256, 128), 1) == 2 * 4 * (32 * 16) ** 2
     transformer = plain.config.copy_and_resolve_references()
-    transformer.denoiser.update(kind="dit", num_heads=2)  # of 64 x 64 patches
-    assert attention_bytes(transformer, (512, 512), 3) == 3 * 2 * 4 * 64**4
+    transformer.denoiser.update(kind="dit", num_heads=2)  # of 16 x 16 patches
+    assert attention_bytes(transformer, (128, 128), 3) == 3 * 2 * 4 * 16**4
 
 
 def test_more_than_is_free_is_refused_and_tiles_are_named(plain, monkeypatch, capsys):

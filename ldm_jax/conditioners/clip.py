@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.conditioners.stored import stored_null, stored_text
 from ldm_jax.conditioners.text import empty_text, repeat
 from ldm_jax.nn.encoder import EncoderLayer, TokenEmbedding
 from ldm_jax.nn.layers import LayerNorm
@@ -57,11 +58,15 @@ class ClipText(nn.Module):
         self.norm_out = LayerNorm()
 
     def __call__(self, batch: dict[str, Array]) -> Condition:
-        """The context of a batch."""
-        return Condition(context=self.encode(batch["tokens"]))
+        """The context of a batch; a stored one if it has `text_context`."""
+        stored = stored_text(batch)
+        return Condition(context=self.encode(batch["tokens"])) if stored is None else stored
 
     def null(self, batch_size: int) -> Condition:
         """The context of the empty text; raises UserError if there is none."""
+        stored = stored_null(self, batch_size)
+        if stored is not None:
+            return stored
         tokens = empty_text(self.null_tokens, self.pad_token, self.length)
         return Condition(context=repeat(self.encode(tokens), batch_size))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
+from ldm_jax.conditioners.stored import stored_null, stored_text
 from ldm_jax.conditioners.text import empty_text, repeat
 from ldm_jax.errors import UserError
 from ldm_jax.nn.encoder import EncoderLayer, TokenEmbedding
@@ -70,12 +71,18 @@ class SentenceEncoder(nn.Module):
         ]
 
     def __call__(self, batch: dict[str, Array]) -> Condition:
-        """The context of a batch and its mask."""
+        """The context of a batch and its mask; stored ones if it has `text_context`."""
+        stored = stored_text(batch)
+        if stored is not None:
+            return stored
         mask = self._mask(batch["tokens"], batch.get("tokens_mask"))
         return Condition(context=self.encode(batch["tokens"], mask), context_mask=mask)
 
     def null(self, batch_size: int) -> Condition:
         """The context of the empty text; raises UserError if there is none."""
+        stored = stored_null(self, batch_size)
+        if stored is not None:
+            return stored
         tokens = empty_text(self.null_tokens, self.pad_token, self.length)
         return repeat(self({"tokens": tokens}), batch_size)
 

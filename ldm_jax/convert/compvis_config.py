@@ -53,7 +53,6 @@ UNET_FIELDS = {
     "conv_resample": ("conv_resample", True),
     "use_new_attention_order": ("split_qkv_first", False),
     "dropout": ("dropout", 0.0),
-    "use_checkpoint": ("remat", False),
 }
 AUTOENCODER_FIELDS = {
     "ch": ("width", int),
@@ -85,7 +84,7 @@ MODEL_OTHERS = (
     *("clip_denoised", "use_positional_encodings"),
 )
 UNET_OTHERS = ("image_size", "in_channels", "out_channels", "context_dim", "num_classes", "legacy")
-UNET_OTHERS += ("num_heads", "num_head_channels", "use_fp16")
+UNET_OTHERS += ("num_heads", "num_head_channels", "use_fp16", "use_checkpoint")
 FIRST_STAGE_OTHERS = ("ddconfig", "embed_dim", "lossconfig", "monitor", "ckpt_path", "ignore_keys")
 FIRST_STAGE_OTHERS += ("image_key", "colorize_nlabels", "scheduler_config", "use_ema")
 VQ_OTHERS = ("n_embed", "batch_resize_range", "lr_g_factor")
@@ -324,6 +323,7 @@ def _unet(config: ConfigDict, params: Yaml, where: str) -> None:
     c = config.denoiser
     c.update(_take(params, where, UNET_FIELDS, UNET_NEUTRAL, UNET_OTHERS))
     c.attn_downsample = tuple(sorted(c.attn_downsample))
+    c.remat = "block" if option(params, where, "use_checkpoint", False) else "none"
     head_dim = option(params, where, "num_head_channels", -1)
     heads = option(params, where, "num_heads", -1)
     if head_dim <= 0 and heads <= 0:

@@ -106,6 +106,7 @@ def _first_stage(config: ConfigDict) -> dict[str, Any]:
 def _unet(config: ConfigDict) -> dict[str, Any]:
     c, channels = config.denoiser, config_lib.latent_channels(config)
     params = _options(c, UNET_FIELDS) | {
+        "use_checkpoint": c.remat != "none",
         "image_size": config_lib.latent_size(config),
         "in_channels": channels + concat_channels(config),
         "out_channels": channels,

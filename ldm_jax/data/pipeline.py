@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from ldm_jax.data.buckets import Buckets
 from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.order import epoch_order, uniforms_at
 from ldm_jax.data.sources import Source
@@ -43,6 +44,7 @@ class Batches:
         prefetch: finished batches that may wait, beyond those in the making.
         process_index: this process.
         process_count: number of processes.
+        buckets: sizes among which the batches change; None where all have the transform's own.
     """
 
     def __init__(
@@ -58,8 +60,11 @@ class Batches:
         prefetch: int = 2,
         process_index: int = 0,
         process_count: int = 1,
+        buckets: Buckets | None = None,
     ):
         check_fields(source, fields)
+        if buckets is not None and len(buckets) != len(source):
+            raise ValueError(f"the buckets have {len(buckets)} images, the source {len(source)}")
         self._source = source
         self._transform = transform
         self._seed = seed
@@ -69,17 +74,24 @@ class Batches:
         self._prefetch = prefetch
         self._batch_size = batch_size
         self._part = _part(batch_size, process_index, process_count)
+        self._buckets = buckets
 
     def batch(self, step: int) -> Batch:
         """Makes the batch of a step, the same whenever and wherever it is called."""
         first = step * self._batch_size + self._part.start
-        indices = []
-        for position in range(first, first + len(self._part)):
-            epoch, place = divmod(position, len(self._source))
-            indices.append(int(epoch_order(self._seed, epoch, len(self._source))[place]))
+        size, indices = None, []
+        if self._buckets is not None:
+            size, rows = self._buckets.batch(self._seed, step, self._batch_size)
+            indices = rows[self._part.start : self._part.stop].tolist()
+        else:
+            for position in range(first, first + len(self._part)):
+                epoch, place = divmod(position, len(self._source))
+                indices.append(int(epoch_order(self._seed, epoch, len(self._source))[place]))
         uniforms = uniforms_at(self._seed, first, len(self._part), UNIFORMS)
         draws = [
-            self._transform.draw(row)._replace(random=Uniforms(self._seed, MADE, first + i))
+            self._transform.draw(row)._replace(
+                random=Uniforms(self._seed, MADE, first + i), size=size
+            )
             for i, row in enumerate(uniforms)
         ]
         return _make_batch(self._source, self._transform, indices, draws, self._fields)
@@ -96,6 +108,8 @@ def epoch_batches(
     batch_size: int,
     *,
     count: int = 0,
+    rows: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
     flip: bool = False,
     fields: Sequence[str] = (),
     threads: int = 4,
@@ -104,20 +118,24 @@ def epoch_batches(
     process_count: int = 1,
 ) -> Iterator[Batch]:
     """One pass over the source, in order and without augmentation: centred crops, all of them
-    mirrored if `flip`, and first captions; over its first `count` examples, if that is not 0.
+    mirrored if `flip`, and first captions; over its first `count` examples, if that is not 0, or
+    over those at the places `rows`. `size` is (height, width) where it is not the transform's own.
 
     Batches are those of `Batches` and 'valid' (b,) bool. All have the same size: the last one is
     filled up with copies of the last example, where 'valid' is False.
     """
     check_fields(source, fields)
     part = _part(batch_size, process_index, process_count)
-    count = min(count or len(source), len(source))
+    rows = range(len(source)) if rows is None else rows
+    count = min(count or len(rows), len(rows))
 
     def make(step: int) -> Batch:
         indices = np.arange(part.start, part.stop) + step * batch_size
         valid = indices < count
-        indices = np.minimum(indices, count - 1).tolist()
-        draws = [Draw(flip, random=Uniforms(0, MADE, index), first=True) for index in indices]
+        indices = [int(rows[place]) for place in np.minimum(indices, count - 1)]
+        draws = [
+            Draw(flip, random=Uniforms(0, MADE, index), first=True, size=size) for index in indices
+        ]
         return {**_make_batch(source, transform, indices, draws, fields), "valid": valid}
 
     steps = range(-(-count // batch_size))
@@ -132,12 +150,16 @@ class CachedSource:
     Args:
         source: the source whose examples these are, in its order; it still names them.
         cached: name -> (N, 2, ...) array of the plain [:, 0] and the mirrored [:, 1] image, or
-            (N, 1, ...) where nothing is flipped.
+            (N, 1, ...) where nothing is flipped; or a list of N such arrays, of one shape for each
+            bucket.
         fields: name -> (N, ...) array of metadata.
     """
 
     def __init__(
-        self, source: Source, cached: dict[str, np.ndarray], fields: dict[str, np.ndarray]
+        self,
+        source: Source,
+        cached: dict[str, Sequence[np.ndarray]],
+        fields: dict[str, np.ndarray],
     ):
         for name, array in {**cached, **fields}.items():
             if len(array) != len(source):

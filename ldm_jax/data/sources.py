@@ -14,6 +14,8 @@ import numpy as np
 from ldm_jax.data.condition_files import read_classes
 from ldm_jax.data.decode import WHITE, decode_image, image_size
 from ldm_jax.data.folder import METADATA, list_folder, read_jsonl
+from ldm_jax.data.latents_index import read_index
+from ldm_jax.data.latents_source import latents_folder
 from ldm_jax.data.scenes import EMOJI, open_scenes
 from ldm_jax.data.table import TableSource, select_table
 from ldm_jax.data.tar_source import open_tar
@@ -21,7 +23,7 @@ from ldm_jax.data.tfds_source import TfdsSource
 from ldm_jax.errors import UserError
 
 KINDS = ("emoji", "scenes", "folder:/path/to/images", "tar:/path/to/shard-{000..009}.tar")
-KINDS += ("tfds:NAME",)
+KINDS += ("tfds:NAME", "latents:/path/to/folder")
 
 
 class Source(Protocol):
@@ -31,6 +33,9 @@ class Source(Protocol):
         columns: the metadata columns of an example, 'label' among them if there are labels.
         label_names: the name of each class, of 'label' or else of 'boxes'; or None.
         num_labels: number of classes, 0 without labels.
+
+    It may also have `flippable`, False where images must not be mirrored, and `image_size(index)`,
+    which tells an image's height and width without decoding it; see `size_of`.
     """
 
     columns: tuple[str, ...]
@@ -92,6 +97,11 @@ def open_source(
         return open_tar(rest, background, **choice)
     if kind == "tfds" and rest:
         return TfdsSource(rest, background=background, **choice)
+    if folder := latents_folder(spec):
+        images = read_index(folder).made_of.get("data.source")
+        raise UserError(
+            f"{spec} holds latents to train on, but images are needed: they are in '{images}'"
+        )
     raise UserError(f"unknown data source '{spec}'; choose one of: {', '.join(KINDS)}")
 
 

@@ -71,20 +71,28 @@ def low_res(factor: int, degradation: str, noise: float = 0.0) -> Maker:
     """
 
     def make(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
-        small = to_float(degrade(image, factor, degradation, draw.random))
-        if noise == 0:
-            return {"low_res": small}
-        level = np.float32(draw.random.between(0, noise))
-        return {"low_res": add_noise(small, level, draw.random), "noise_level": level}
+        return noised(to_float(degrade(image, factor, degradation, draw.random)), noise, draw)
 
     return make
+
+
+def noised(small: np.ndarray, noise: float, draw: Draw) -> Arrays:
+    """The fields of a low-resolution image in [-1, 1]; see `low_res`."""
+    if noise == 0:
+        return {"low_res": small}
+    level = np.float32(draw.random.between(0, noise))
+    return {"low_res": add_noise(small, level, draw.random), "noise_level": level}
 
 
 def caption_tokens(image: np.ndarray, example: dict, draw: Draw) -> Arrays:
     """'tokens' (L,) int32: one of the rows of an example's tokens (K, L), each as likely."""
     rows = example["tokens"]
-    place = 0 if draw.first or draw.random is None else draw.random.integer(0, len(rows) - 1)
-    return {"tokens": rows[place]}
+    return {"tokens": rows[choose_caption(len(rows), draw)]}
+
+
+def choose_caption(count: int, draw: Draw) -> int:
+    """Which of an example's captions is taken."""
+    return 0 if draw.first or draw.random is None else draw.random.integer(0, count - 1)
 
 
 def hole(kind: str) -> Maker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -64,6 +65,11 @@ class Tokenizer:
             for caption, encoding in zip(captions, found.encodings, strict=True)
         ]
         return tokens, [caption[i:] for caption, i in zip(captions, starts, strict=True)]
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of the vocabulary and its numbers."""
+        vocabulary = json.dumps(sorted(self.backend.get_vocab().items()))
+        return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 def cut_notes(tokenizer: Tokenizer, captions: Sequence[str]) -> list[str]:

@@ -50,7 +50,8 @@ class Transform(Protocol):
         ...
 
 
-def _draw(uniforms: np.ndarray, flip: bool, crop: str) -> Draw:
+def draw_flip_and_crop(uniforms: np.ndarray, flip: bool, crop: str) -> Draw:
+    """Makes these choices from (UNIFORMS,) numbers; `crop` is one of CROPS."""
     # The first number decides the flip in every case: whether an example is flipped must not
     # depend on the crop, nor on whether pixels or cached moments are loaded.
     return Draw(
@@ -84,7 +85,7 @@ class ImageTransform:
             raise UserError(f"crop must be one of {', '.join(CROPS)}, not '{self.crop}'")
 
     def draw(self, uniforms: np.ndarray) -> Draw:
-        return _draw(uniforms, self.flip, self.crop)
+        return draw_flip_and_crop(uniforms, self.flip, self.crop)
 
     def apply(self, example: dict, draw: Draw) -> dict[str, np.ndarray]:
         size = draw.size or (self.resolution, self.resolution)
@@ -106,7 +107,7 @@ class CachedTransform:
     flip: bool = True
 
     def draw(self, uniforms: np.ndarray) -> Draw:
-        return _draw(uniforms, self.flip, "center")
+        return draw_flip_and_crop(uniforms, self.flip, "center")
 
     def apply(self, example: dict, draw: Draw) -> dict[str, np.ndarray]:
         return {name: example[name][int(draw.flip)] for name in self.names}

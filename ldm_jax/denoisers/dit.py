@@ -12,7 +12,8 @@ from ldm_jax.errors import UserError
 from ldm_jax.nn import positions as positions_lib
 from ldm_jax.nn.attention import attend, head_count
 from ldm_jax.nn.embed import TimeEmbedding
-from ldm_jax.nn.layers import Dense, Dropout, RMSNorm, standardize
+from ldm_jax.nn.layers import Dense, Dropout, RMSNorm, spread, standardize
+from ldm_jax.nn.remat import rematerialised
 from ldm_jax.nn.resnet import depth_to_space, space_to_depth
 from ldm_jax.types import Array, Condition
 
@@ -162,7 +163,7 @@ class Block(nn.Module):
 
     def _add(self, tokens: Array, branch: Array, gate: Array, name: str) -> Array:
         branch = Dropout(self.dropout, name=name)(branch, self.train)
-        return tokens + branch * gate.astype(branch.dtype)
+        return tokens + branch * spread(gate, branch)
 
     def _cross(self, tokens: Array, context: Array, mask: Array | None, heads) -> Array:
         """Attention to the context, zero at the start like the rest of the block."""
@@ -195,7 +196,8 @@ class DiT(nn.Module):
             stream.
         dtype: of the computation; parameters, modulation, normalisation, softmax and output are
             float32.
-        remat: recompute the inside of each block during the backward pass to save memory.
+        remat: what the backward pass recomputes of each block to save memory: 'none', 'block' or
+            'dots', see `rematerialised`.
     """
 
     width: int
@@ -210,7 +212,7 @@ class DiT(nn.Module):
     qk_norm: bool = True
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Condition, *, train: bool = False) -> Array:
@@ -242,7 +244,7 @@ class DiT(nn.Module):
             context = Linear(self.width, dtype=self.dtype, name="context_in")(context)
 
         # Without common subexpressions to find, a scan needs no barriers against joining them.
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = rematerialised(Block, self.remat, prevent_cse=False)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},

@@ -12,6 +12,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.nn.attention import SelfAttention, SpatialTransformer, head_count
 from ldm_jax.nn.embed import TimeEmbedding
 from ldm_jax.nn.layers import Conv, GroupNorm
+from ldm_jax.nn.remat import rematerialised
 from ldm_jax.nn.resnet import RESAMPLE, Downsample, ResBlock, Upsample
 from ldm_jax.types import Array, Condition
 
@@ -96,7 +97,8 @@ class UNet(nn.Module):
         dropout: rate inside residual blocks, active when `train`; needs the 'dropout' stream.
         dtype: of the computation; parameters, normalisation statistics, softmax and output are
             float32.
-        remat: recompute the inside of each block during the backward pass to save memory.
+        remat: what the backward pass recomputes of each block to save memory: 'none', 'block' or
+            'dots', see `rematerialised`.
     """
 
     width: int
@@ -114,7 +116,7 @@ class UNet(nn.Module):
     split_qkv_first: bool = False
     dropout: float = 0.0
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x_t: Array, t: Array, cond: Condition, *, train: bool = False) -> Array:
@@ -132,7 +134,7 @@ class UNet(nn.Module):
             embedding = embedding + cond.vector.astype(jnp.float32)
 
         def res(name: str, h: Array, channels: int, resample: str | None = None) -> Array:
-            block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+            block = rematerialised(ResBlock, self.remat, static_argnums=(3,))
             options = dict(scale_shift=self.scale_shift, resample=resample, dropout=self.dropout)
             module = block(
                 channels, EPSILON, **options, zero_init=True, dtype=self.dtype, name=name
@@ -142,10 +144,10 @@ class UNet(nn.Module):
         def attention(name: str, h: Array) -> Array:
             heads = head_count(h.shape[-1], self.num_heads, self.head_dim)
             if self.cross_attention:
-                block = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+                block = rematerialised(SpatialTransformer, self.remat)
                 module = block(heads, self.transformer_depth, self.dtype, name=name)
                 return module(h, cond.context, cond.context_mask)
-            block = nn.remat(SelfAttention) if self.remat else SelfAttention
+            block = rematerialised(SelfAttention, self.remat)
             options = dict(split_qkv_first=self.split_qkv_first, zero_init=True)
             return block(heads, EPSILON, **options, dtype=self.dtype, name=name)(h)
 

@@ -189,7 +189,8 @@ def _shift_by_classifier(gradient: Array, level: Level, predict: str, sigma_data
     """By how much the raw output moves where a gradient (B, ...) of log p(y | x_t) is followed.
 
     eps moves by -sigma times the gradient, which is what that of log p(x_t) gains, and x0 by
-    sigma^2 / alpha. Pure noise, alpha = 0, tells nothing of the class, and stays as it is.
+    sigma^2 / alpha. At pure noise, alpha = 0, the exact gradient is 0, too: that of x0 has a limit,
+    E[x0 | y] - E[x0], but 0 / 0 cannot be computed there, and the output stays as it is.
     """
     some = level.alpha > 0
     sigma = jnp.where(some, level.sigma, 0.0)

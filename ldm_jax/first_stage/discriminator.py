@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ldm_jax.errors import UserError
 from ldm_jax.nn.batch_norm import BatchNorm
-from ldm_jax.nn.layers import along_last, uniform_fan_in
+from ldm_jax.nn.layers import along_last, spread, uniform_fan_in
 from ldm_jax.types import Array
 
 SLOPE = 0.2  # of the leaky rectifiers
@@ -40,7 +40,7 @@ class Conv4x4(nn.Module):
         if self.use_bias:
             init = uniform_fan_in(16 * x.shape[-1])
             bias = self.param("bias", init, (self.features,), jnp.float32)
-            y = y + along_last(bias.astype(self.dtype), 4)
+            y = y + spread(along_last(bias, 4), y)
         return y
 
 

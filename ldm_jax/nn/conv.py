@@ -73,11 +73,12 @@ def _kernel_grad_by_example(
             for j in range(3)
         ]
         patches = jnp.concatenate(patches, axis=-1).reshape(height * width, -1)
-        return total + patches.T @ out.reshape(height * width, features), None
+        out = out.reshape(height * width, features)
+        return total + jnp.matmul(patches.T, out, preferred_element_type=jnp.float32), None
 
-    total = jnp.zeros((9 * x.shape[-1], features), x.dtype)
+    total = jnp.zeros((9 * x.shape[-1], features), jnp.float32)
     total, _ = jax.lax.scan(add, total, (x, grad))
-    return total.reshape(3, 3, x.shape[-1], features)
+    return total.reshape(3, 3, x.shape[-1], features).astype(x.dtype)
 
 
 conv3x3.defvjp(_forward, _backward)

@@ -37,6 +37,15 @@ def along_last(values: Array, ndim: int) -> Array:
     return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
+def spread(values: Array, x: Array) -> Array:
+    """Repeats values (1 or B, ..., C) to the shape and type of x (B, ..., C).
+
+    The gradient is a sum over all that shared a value. It is taken in float32: in bfloat16 it would
+    stop growing after a few hundred terms.
+    """
+    return jnp.broadcast_to(values.astype(jnp.float32), x.shape).astype(x.dtype)
+
+
 class Dense(nn.Module):
     """Linear map of the last axis: (..., K) -> (..., features); also every 1x1 convolution."""
 
@@ -57,7 +66,7 @@ class Dense(nn.Module):
         y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contract)
         if self.use_bias:
             bias = self.param("bias", self.bias_init or init, (self.features,), jnp.float32)
-            y = y + along_last(bias.astype(self.dtype), y.ndim)
+            y = y + spread(along_last(bias, y.ndim), y)
         return y
 
 
@@ -80,7 +89,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape, jnp.float32)
         bias = self.param("bias", init, (self.features,), jnp.float32)
         y = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-        return y + along_last(bias.astype(self.dtype), 4)
+        return y + spread(along_last(bias, 4), y)
 
 
 class GroupNorm(nn.Module):

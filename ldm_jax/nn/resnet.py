@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ldm_jax.nn.layers import GROUPS, Conv, Dense, Dropout, GroupNorm
+from ldm_jax.nn.layers import GROUPS, Conv, Dense, Dropout, GroupNorm, spread
 from ldm_jax.types import Array
 
 
@@ -98,11 +98,11 @@ class ResBlock(nn.Module):
             shift = Dense(features, dtype=self.dtype, name="time")(nn.silu(embedding))
             shift = shift[:, None, None, :]
         if shift is not None and not self.scale_shift:
-            h = h + shift
+            h = h + spread(shift, h)
         h = GroupNorm(self.epsilon, self.groups, name="norm_1")(h)
         if shift is not None and self.scale_shift:
             scale, shift = jnp.split(shift, 2, axis=-1)
-            h = h * (1.0 + scale) + shift
+            h = h * (1.0 + spread(scale, h)) + spread(shift, h)
         h = Dropout(self.dropout, name="dropout")(nn.silu(h), train)
         h = Conv(self.channels, zero_init=self.zero_init, dtype=self.dtype, name="conv_1")(h)
 

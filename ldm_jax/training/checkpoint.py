@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ldm_jax.errors import UserError
@@ -56,7 +56,7 @@ class Checkpoints:
                 joined[field][part] = tree
             else:
                 joined[field] = tree
-        return TrainState(step=jnp.int32(step), **joined)
+        return TrainState(step=np.int32(step), **joined)
 
     def restore_items(self, items: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Reads some items of the newest checkpoint, e.g. 'ema_params.denoiser': (step, items)."""
@@ -90,9 +90,18 @@ class Checkpoints:
         self._manager.close()
 
 
-def abstract_like(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Returns the shapes and types of a tree, to be laid out as `sharding` says."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """Returns the shapes and types of a tree, to be laid out as a sharding or a tree of them says.
+
+    What was saved on one mesh can be restored on any other.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        return abstract_like(tree, jax.tree.map(lambda leaf: shardings, tree))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def state_items(state: TrainState) -> dict[str, Any]:

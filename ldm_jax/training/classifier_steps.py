@@ -13,6 +13,7 @@ from ldm_jax import builders, random
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.objective import quartile_means
 from ldm_jax.diffusion.times import UNIFORM, draw_times
+from ldm_jax.training.accumulate import accumulated_grad
 from ldm_jax.training.latents import draw_latents
 from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
 from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
@@ -40,22 +41,28 @@ def classifier_functions(config: ConfigDict) -> tuple[Init, Step]:
     def step(
         state: TrainState, frozen: Any, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
-        label = batch["label"]
+        batch_size = batch["label"].shape[0]
         step_key = jax.random.fold_in(key, state.step)
-        keys = random.example_keys(step_key, label.shape[0])
-        z = draw_latents(first_stage, frozen, batch, random.fold_in(keys, 0))
-        t = draw_times(random.fold_in(keys, 1), process, UNIFORM)
-        noise = random.normal(random.fold_in(keys, 2), z.shape[1:])
-        z_t = process.level(t, z.ndim).noised(z, noise)
+        keys = random.example_keys(step_key, batch_size)
 
-        def loss_fn(params: Any) -> tuple[Array, tuple[Array, Array]]:
-            rngs = {"dropout": jax.random.fold_in(step_key, label.shape[0])}
+        def loss_fn(
+            params: Any, examples: Any, part: Array
+        ) -> tuple[Array, tuple[Array, Array, Array]]:
+            batch, keys = examples
+            label = batch["label"]
+            z = draw_latents(first_stage, frozen, batch, random.fold_in(keys, 0))
+            t = draw_times(random.fold_in(keys, 1), process, UNIFORM)
+            noise = random.normal(random.fold_in(keys, 2), z.shape[1:])
+            z_t = process.level(t, z.ndim).noised(z, noise)
+            rngs = {"dropout": jax.random.fold_in(step_key, batch_size + part)}
             variables = {"params": params["classifier"]}
             logits = classifier.apply(variables, z_t, t, train=True, rngs=rngs)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-            return losses.mean(), (losses, (logits.argmax(-1) == label).astype(jnp.float32))
+            return losses.mean(), (losses, (logits.argmax(-1) == label).astype(jnp.float32), t)
 
-        (loss, (losses, right)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, (losses, right, t)), grads = accumulated_grad(
+            loss_fn, state.params, (batch, keys), block.accumulate
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = {"loss": loss, "accuracy": right.mean()}

@@ -22,7 +22,14 @@ from ldm_jax.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_jax.metrics.inception import FEATURES, Inception
 from ldm_jax.metrics.reconstruction import psnr, ssim
 from ldm_jax.training.latents import transform
-from ldm_jax.training.sharding import batch_sharding, replicated
+from ldm_jax.training.sharding import (
+    batch_parts,
+    batch_sharding,
+    local_part,
+    put,
+    replicated,
+    state_shardings,
+)
 from ldm_jax.training.state import Batch
 from ldm_jax.types import Array
 
@@ -61,17 +68,20 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One pass over the first `count` images (0: all) of a source, as `evaluator` takes them.
 
-    `batch_size` becomes a multiple of the number of devices, and no larger than it has to be.
+    `batch_size` becomes a multiple of the parts that the mesh splits it into, and no larger than it
+    has to be. Each process gets its part.
     """
+    index, processes = local_part(mesh)
+    unit = batch_parts(mesh)
     count = min(count or len(source), len(source))
     return epoch_batches(
         source,
         transform(config),
-        -(-min(batch_size, count) // mesh.size) * mesh.size,
+        -(-min(batch_size, count) // unit) * unit,
         count=count,
         threads=config.data.threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=processes,
     )
 
 
@@ -103,17 +113,16 @@ def evaluator(
         UserError: when called: images too small for a metric, or a single one for 'rfid'.
     """
     everywhere, split = replicated(mesh), batch_sharding(mesh)
-    networks = jax.device_put(networks, everywhere)
+    networks = put(networks, everywhere)
     measure = jax.jit(
         functools.partial(measure_batch, config, metrics),
-        in_shardings=(everywhere, everywhere, split),
         out_shardings=everywhere,
     )
 
     def evaluate(
         variables: Any, batches: Iterable[Batch], check: Callable[[int], None] = lambda done: None
     ) -> Evaluation:
-        variables, count = jax.device_put(variables, everywhere), 0
+        variables, count = put(variables, state_shardings(variables, mesh)), 0
         sums, pictures = [], []
         statistics = [FeatureStatistics(FEATURES) for _ in range(2 * ("rfid" in metrics))]
         with to_device(batches, split) as moved:

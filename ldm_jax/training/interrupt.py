@@ -7,6 +7,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from ldm_jax import distributed
+
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state; exit code 75, the same command resumes."""
@@ -48,6 +50,9 @@ class Interrupts:
         self.requested = True
 
     def check(self, place: str) -> None:
-        """Raises Interrupted if a signal came; for places where nothing is left to save."""
-        if self.requested:
+        """Raises Interrupted if a signal came; for places where nothing is left to save.
+
+        Of several hosts, all must call it there, and all leave if one of them was asked to.
+        """
+        if distributed.any_host(self.requested):
             raise Interrupted(f"stopped {place}; the same command goes on from here")

@@ -25,7 +25,13 @@ class MetricWriter:
     """
 
     def __init__(self, directory: pathlib.Path, start_step: int = 0) -> None:
-        """Opens both files; lines after `start_step` come from steps that will run again."""
+        """Opens both files; lines after `start_step` come from steps that will run again.
+
+        Only the first of several processes writes.
+        """
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         self._drop_after(start_step)
@@ -48,6 +54,8 @@ class MetricWriter:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one line of scalars."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step} | scalars) + "\n")
         self._file.flush()
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
@@ -57,6 +65,8 @@ class MetricWriter:
 
     def write_image(self, step: int, tag: str, path: pathlib.Path) -> None:
         """Shows a PNG file in TensorBoard."""
+        if not self._writes:
+            return
         image = Summary.Image(encoded_image_string=path.read_bytes(), colorspace=3)
         value = Summary.Value(tag=tag, image=image)
         self._events.add_event(
@@ -65,6 +75,8 @@ class MetricWriter:
 
     def close(self) -> None:
         """Writes what is left."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 
@@ -74,7 +86,7 @@ class Progress:
 
     def __init__(self, stage: str, start: int, total: int, batch_size: int) -> None:
         self._stage, self._total, self._batch_size = stage, total, batch_size
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and jax.process_index() == 0
         self._bar = tqdm(
             desc=stage, initial=start, total=total, disable=not self._terminal, unit="step"
         )

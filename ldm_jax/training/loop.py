@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ldm_jax.data.device import to_device
@@ -21,8 +22,9 @@ from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.ema import subtree
 from ldm_jax.training.interrupt import Interrupted, Interrupts
 from ldm_jax.training.logging import MetricWriter, Progress
-from ldm_jax.training.sharding import batch_sharding, replicated
+from ldm_jax.training.sharding import batch_sharding, on_mesh, put, replicated, state_shardings
 from ldm_jax.training.state import Init, Step, TrainState
+from ldm_jax.training.votes import Votes
 
 
 class Picture(NamedTuple):
@@ -93,35 +95,33 @@ def fit(
 ) -> TrainState:
     """Trains a stage to its last step, from its newest checkpoint if there is one.
 
-    The state of the data is the step alone: `batches_from(step)` yields the batches from there.
+    The state of the data is the step alone: `batches_from(step)` yields the batches from there. The
+    state and the frozen variables are split over the mesh as `state_shardings` says.
 
     Raises:
         Interrupted: a signal came; the state is saved.
     """
     block, everywhere = stage.block, replicated(mesh)
     checkpoints = Checkpoints(stage.directory / "checkpoints", block.keep_checkpoints)
-    state = restore_or_init(stage, checkpoints, key, everywhere)
+    state = restore_or_init(stage, checkpoints, key, mesh)
     start = int(state.step)
     if stage.forget:
         stage.forget(start)
     writer = MetricWriter(stage.directory, start)
     progress = Progress(stage.name, start, block.steps, block.batch_size)
+    votes = Votes(interrupts, mesh)
     alarms = Alarms(stage.name, stage.alarms, progress.say) if stage.alarms else None
-    step_key = jax.device_put(jax.random.fold_in(key, 1), everywhere)
-    frozen = jax.device_put(stage.frozen, everywhere)
-    step_fn = jax.jit(
-        stage.step,
-        donate_argnums=0,
-        in_shardings=(everywhere, everywhere, batch_sharding(mesh), everywhere),
-        out_shardings=everywhere,
-    )
+    step_key = jax.jit(functools.partial(jax.random.fold_in, key, 1), out_shardings=everywhere)()
+    frozen = put(stage.frozen, state_shardings(stage.frozen, mesh))
+    split = state_shardings(state, mesh)
+    step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(split, everywhere))
+    step_fn = on_mesh(mesh, step_fn)
     batches = to_device(batches_from(start), batch_sharding(mesh))
     try:
         for step in range(start + 1, block.steps + 1):
             state, metrics = step_fn(state, frozen, next(batches), step_key)
             progress.step(metrics)
-            # Read once: a signal that comes while this step is written stops after the next one.
-            stop = interrupts.requested
+            stop = votes()
             last = stop or step == block.steps
             saved = last or step % block.checkpoint_every == 0
             if saved or step % block.log_every == 0 or stage.keeps(step):
@@ -183,28 +183,34 @@ def show(name: str, step: int, picture: Picture, writer: MetricWriter, progress:
 
 
 def restore_or_init(
-    stage: Stage, checkpoints: Checkpoints, key: jax.Array, sharding: jax.sharding.Sharding
+    stage: Stage, checkpoints: Checkpoints, key: jax.Array, mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """Returns the newest checkpoint's state, or a fresh one."""
+    """Returns the newest checkpoint's state, or a fresh one, split over the mesh."""
     init = functools.partial(stage.init, jax.random.fold_in(key, 0))
+    abstract = jax.eval_shape(init)
+    split = state_shardings(abstract, mesh)
     if checkpoints.latest_step() is None:
         # It runs once: on a CPU, optimising its code takes longer than running it.
         on_cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
-        init = jax.jit(init, out_shardings=sharding).lower().compile(compiler_options=options)
-        return _start_from(init(), stage.start, sharding)
-    state = checkpoints.restore(abstract_like(jax.eval_shape(init), sharding))
+        init = jax.jit(init, out_shardings=split).lower().compile(compiler_options=options)
+        return _start_from(init(), stage.start, split)
+    state = put(checkpoints.restore(abstract_like(abstract, split)), split)
     print(f"{stage.name}: resuming at step {int(state.step)} from {checkpoints.directory}")
-    return jax.device_put(state, sharding)
+    return state
 
 
-def _start_from(state: TrainState, start: Any, sharding: jax.sharding.Sharding) -> TrainState:
-    """Puts given parts, if any, in place of the random ones, and of their moving averages."""
+def _start_from(state: TrainState, start: Any, split: TrainState) -> TrainState:
+    """Puts given parts, if any, in place of the random ones, and of their moving averages.
+
+    split: the shardings of the state.
+    """
     if start is None:
         return state
-    start = state.params | start
+    start = put(state.params | start, split.params)
     ema = subtree(start, state.ema_params)
     averages = {name: subtree(start, tree) for name, tree in state.averages.items()}
     # Each is its own copy: the state is donated, and one buffer cannot be donated twice.
-    put = jax.device_put((start, ema, averages), sharding, may_alias=False)
-    return state.replace(params=put[0], ema_params=put[1], averages=put[2])
+    copy = functools.partial(jax.tree.map, jnp.copy)
+    copied = jax.jit(copy, out_shardings=(split.ema_params, split.averages))((ema, averages))
+    return state.replace(params=start, ema_params=copied[0], averages=copied[1])

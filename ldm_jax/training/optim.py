@@ -49,13 +49,15 @@ def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
 
     Weight decay falls on every parameter. Muon orthogonalises the updates of matrices and
     convolutions, whose scale differs from Adam's: `lr` is theirs, and Adam (with Nesterov
-    momentum) moves the biases and norms at a fifth of it.
+    momentum) moves the biases and norms at a fifth of it. The first moment is kept in
+    `moment_dtype`.
     """
     rate = learning_rate(block)
     if block.optimizer == "muon":
         optimizer = optax.contrib.muon(
             rate,
             weight_decay=block.weight_decay,
+            mu_dtype=block.moment_dtype,
             adam_b1=block.betas[0],
             adam_b2=block.betas[1],
             adam_weight_decay=block.weight_decay,
@@ -63,7 +65,13 @@ def make_optimizer(block: ConfigDict) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=_matrices,
         )
     else:
-        optimizer = optax.adamw(rate, *block.betas, eps=1e-8, weight_decay=block.weight_decay)
+        optimizer = optax.adamw(
+            rate,
+            *block.betas,
+            eps=1e-8,
+            mu_dtype=block.moment_dtype,
+            weight_decay=block.weight_decay,
+        )
     if block.grad_clip > 0:
         return optax.chain(optax.clip_by_global_norm(block.grad_clip), optimizer)
     return optimizer

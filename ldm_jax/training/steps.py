@@ -11,10 +11,12 @@ import optax
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, fields, random
+from ldm_jax.conditioners.stored import COLLECTION
 from ldm_jax.config import frozen_parts as frozen_parts_of
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
 from ldm_jax.diffusion.objective import log_variance_size, quartile_means
+from ldm_jax.training.accumulate import accumulated_grad
 from ldm_jax.training.ema import averaged_parts, ema_update, profiles
 from ldm_jax.training.latents import draw_latents
 from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics, without_decay
@@ -27,7 +29,9 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
 
     A learned log-variance is a part of the parameters of its own. `loss_q0` to `loss_q3` are means
     of the plain error over quarters of the time range, whatever its weight. `frozen` holds the
-    variables of the first stage. The moving average covers the denoiser only, as in the reference.
+    variables of the first stage, and perhaps the null condition of stored outputs of a text encoder
+    (`stored_latents.stored_null`). The moving average covers the denoiser only, as in the
+    reference.
     """
     first_stage = builders.build_first_stage(config)
     denoiser = builders.build_denoiser(config)
@@ -62,13 +66,14 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         averages = {profile.name: jax.tree.map(jnp.copy, parts) for profile in kept}
         return TrainState(jnp.int32(0), params, ema, optimizer.init(params), averages=averages)
 
-    def condition(params: Any, batch: Batch, keys: Array) -> Condition:
+    def condition(params: Any, frozen: Any, batch: Batch, keys: Array) -> Condition:
         # Without gradients, nothing of the backward pass through a frozen part is computed.
         stopped = {
             name: jax.lax.stop_gradient(part) if name in frozen_parts else part
             for name, part in params["conditioner"].items()
         }
-        variables = {"params": stopped}
+        # Of stored outputs of a text encoder, the null condition is stored too.
+        variables = {"params": stopped, COLLECTION: frozen.get(COLLECTION, {})}
         cond = conditioner.apply(variables, batch)  # with the latents that `step` has added
         if config.cond_drop_rate == 0:
             return cond
@@ -81,13 +86,14 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         batch_size = jax.tree.leaves(batch)[0].shape[0]
         step_key = jax.random.fold_in(key, state.step)
         keys = random.example_keys(step_key, batch_size)
-        z = draw_latents(first_stage, frozen, batch, random.fold_in(keys, 0))
         encode = functools.partial(first_stage.apply, frozen, method="encode")
-        batch = fields.add_latents(batch, encode)
 
-        def loss_fn(params: Any) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-            cond = condition(params, batch, random.fold_in(keys, 1))
-            rngs = {"dropout": jax.random.fold_in(step_key, batch_size)}
+        def loss_fn(params: Any, examples: Any, part: Array) -> tuple[Array, dict[str, Array]]:
+            batch, keys = examples
+            z = draw_latents(first_stage, frozen, batch, random.fold_in(keys, 0))
+            batch = fields.add_latents(batch, encode)
+            cond = condition(params, frozen, batch, random.fold_in(keys, 1))
+            rngs = {"dropout": jax.random.fold_in(step_key, batch_size + part)}
 
             def predict(x_t: Array, t: Array) -> Array:
                 variables = {"params": params["denoiser"]}
@@ -98,7 +104,9 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
             per_example, aux = objective(predict, z, random.fold_in(keys, 2))
             return per_example.mean(), aux
 
-        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, aux), grads = accumulated_grad(
+            loss_fn, state.params, (batch, keys), config.train.accumulate
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = {"denoiser": params["denoiser"]}

@@ -1,6 +1,8 @@
 """Data made by the tests of this directory."""
 
+import io
 import json
+import tarfile
 import threading
 import time
 
@@ -87,3 +89,24 @@ def refuses(message, function, *arguments):
     with pytest.raises(UserError, match=message) as caught:
         function(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def picture(level=0, size=(6, 4), kind="PNG", **options):
+    """The bytes of a file; size is (width, height)."""
+    data = io.BytesIO()
+    Image.new("RGB", size, (level, level, level)).save(data, kind, **options)
+    return data.getvalue()
+
+
+def write_tar(path, members, kind="w"):
+    """members: name -> bytes, str, or an object for JSON; a list of pairs where names repeat."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, kind) as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            if not isinstance(content, bytes | str):
+                content = json.dumps(content)
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

@@ -33,7 +33,7 @@ def test_an_image_of_the_size_is_untouched(tmp_path):
 def test_images_are_fitted_as_training_does(tmp_path, shape):
     pixels = noise(*shape)
     fitted = read_image(write(tmp_path / "a.png", pixels), (16, 16))
-    np.testing.assert_array_equal(fitted.pixels, crop_resize(pixels, 16, Draw()))
+    np.testing.assert_array_equal(fitted.pixels, crop_resize(pixels, (16, 16), Draw()))
     assert fitted.file_size == shape
     assert ("cropped" in fitted.note) == (shape[0] != shape[1])
 

@@ -12,28 +12,30 @@ def noise(height, width):
 
 def test_center_crop_without_resize_is_exact():
     image = noise(8, 13)
-    np.testing.assert_array_equal(crop_resize(image, 8, Draw()), image[:, 2:10])
-    np.testing.assert_array_equal(crop_resize(image, 8, Draw(flip=True)), image[:, 2:10][:, ::-1])
+    np.testing.assert_array_equal(crop_resize(image, (8, 8), Draw()), image[:, 2:10])
+    np.testing.assert_array_equal(
+        crop_resize(image, (8, 8), Draw(flip=True)), image[:, 2:10][:, ::-1]
+    )
     image = noise(13, 8)
-    np.testing.assert_array_equal(crop_resize(image, 8, Draw()), image[2:10])
+    np.testing.assert_array_equal(crop_resize(image, (8, 8), Draw()), image[2:10])
 
 
 def test_resize_is_pillows_bicubic_of_the_crop():
     image = noise(40, 61)
     crop = Image.fromarray(image[:, 10:50])
     expected = np.asarray(crop.resize((16, 16), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(crop_resize(image, 16, Draw()), expected)
+    np.testing.assert_array_equal(crop_resize(image, (16, 16), Draw()), expected)
 
 
 def test_resize_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(crop_resize(stripes, 16, Draw())[:, 2:-2].astype(int) - 128).max() <= 2
+    assert np.abs(crop_resize(stripes, (16, 16), Draw())[:, 2:-2].astype(int) - 128).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 200)])
 def test_small_images_are_enlarged(size):
-    assert crop_resize(noise(*size), 16, Draw()).shape == (16, 16, 3)
+    assert crop_resize(noise(*size), (16, 16), Draw()).shape == (16, 16, 3)
 
 
 def test_random_crops_have_the_sides_of_the_recipe_and_reach_the_borders():
@@ -45,7 +47,7 @@ def test_random_crops_have_the_sides_of_the_recipe_and_reach_the_borders():
     for _ in range(400):
         draw = transform.draw(rng.random(UNIFORMS))
         side = round(100 * (0.5 + 0.5 * draw.crop[0]))
-        crop = crop_resize(rows, side, draw)
+        crop = crop_resize(rows, (side, side), draw)
         sides.append(side)
         tops.append(crop[0, 0, 0])
         bottoms.append(crop[-1, 0, 0])

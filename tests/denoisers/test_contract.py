@@ -77,8 +77,9 @@ def test_bfloat16_keeps_params_and_output_in_float32(net):
     assert 0 < np.sqrt(np.mean((low - full) ** 2)) < 0.05 * np.sqrt(np.mean(full**2))
 
 
+@pytest.mark.parametrize("remat", ["block", "dots"])
 @pytest.mark.parametrize("name", ["unet", "dit_joint"])
-def test_remat_changes_no_parameter_and_no_gradient(name):
+def test_remat_changes_no_parameter_and_no_gradient(name, remat):
     cond = Condition(context=normal(2, 2, 3, 8))
     fields = {"attn_downsample": ()} if name == "unet" else {}
     net = dataclasses.replace(READERS[name], dropout=0.1, **fields)
@@ -89,7 +90,7 @@ def test_remat_changes_no_parameter_and_no_gradient(name):
         return jnp.square(net.apply({"params": params}, X, T, cond, train=True, rngs=rngs)).sum()
 
     gradient = quick_jit(jax.grad(loss), static_argnums=1)
-    want, got = (gradient(params, dataclasses.replace(net, remat=r)) for r in (False, True))
+    want, got = (gradient(params, dataclasses.replace(net, remat=r)) for r in ("none", remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), want, got)
 
 

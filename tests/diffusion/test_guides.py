@@ -101,20 +101,29 @@ def test_pure_noise_is_left_as_it_is():
 def test_composition_is_the_product_of_the_densities(predict):
     """p(x) (p(x|a)/p(x))^scale (p(x|b)/p(x))^weight ... of Gaussians is a Gaussian again."""
     level, scale, weights = VARIANCE_PRESERVING, 1.5, (0.8, -0.4)
-    priors = [np.eye(3)[k] for k in (0, 1, 2)]  # one class each, and as null the first
-    null = Condition(vector=jnp.tile(jnp.float32(priors[0]), (len(X_T), 1)))
-    found = denoiser(
+    variance = 0.8**2 * STD**2 + 0.6**2
+    means = np.array([[0.7, 0.9, -0.6], *MEANS])  # of null, cond, and two more
+
+    def apply(seen, t, cond):
+        """The ideal denoiser of one Gaussian, whose mean is told as `vector`."""
+        x_t = seen / network_input(jnp.ones(()), level, predict, SIGMA_DATA)
+        eps = level.sigma * (x_t - level.alpha * cond.vector) / variance
+        x0 = (x_t - level.sigma * eps) / level.alpha
+        return regression_target(x0, eps, level, predict, SIGMA_DATA)
+
+    null, cond, *also = (Condition(vector=jnp.tile(jnp.float32(m), (len(X_T), 1))) for m in means)
+    found = make_denoise(
+        apply,
         predict,
-        level,
-        of_class(1),
+        cond,
         null,
         Guidance(scale, weights=weights),
-        guides=Guides(also=(of_class(2), of_class(0))),
+        sigma_data=SIGMA_DATA,
+        guides=Guides(also=tuple(also)),
     )(X_T, level)
-    powers = np.array([1 - scale - sum(weights) + weights[1], scale, weights[0]])
-    variance = 0.8**2 * STD**2 + 0.6**2
+    powers = np.array([1 - scale - sum(weights), scale, *weights])
     precision = powers.sum() / variance
-    mean = (powers[:, None] * 0.8 * MEANS).sum(0) / variance / precision
+    mean = (powers[:, None] * 0.8 * means).sum(0) / variance / precision
     expected = 0.6 * precision * (np.asarray(X_T, np.float64) - mean)
     np.testing.assert_allclose(found.eps, expected, atol=2e-5)
 

@@ -157,7 +157,7 @@ def test_the_loop_warns_counts_and_writes_what_a_picture_measured(tmp_path, caps
     [(2, False, [2, 4]), (2, True, [2, 4, 5]), (5, True, [5]), (0, True, [])],
 )
 def test_which_steps_are_shown(tmp_path, every, at_end, shown):
-    stage = toy_stage(tmp_path, None, picture_at_end=at_end)
+    stage = toy_stage(tmp_path, lambda state, step: None, picture_at_end=at_end)
     stage.block.picture_every = every
     assert [step for step in range(1, 6) if stage.shows(step)] == shown
 

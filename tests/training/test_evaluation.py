@@ -5,7 +5,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 
 from ldm_jax import builders, images, random
 from ldm_jax import config as config_lib
@@ -17,6 +16,7 @@ from ldm_jax.metrics.reconstruction import psnr, ssim
 from ldm_jax.training import evaluation
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.interrupt import Interrupted
+from ldm_jax.training.sharding import make_mesh
 
 SIZE, COUNT, FEATURES = 16, 11, 5
 ALL = ("psnr", "ssim", "lpips", "rfid")
@@ -92,9 +92,7 @@ def first_stage(kind):
 
 
 def mesh(devices):
-    return jax.make_mesh(
-        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
-    )
+    return make_mesh(devices=jax.devices()[:devices])
 
 
 @functools.cache

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from ldm_jax import config as config_lib
-from ldm_jax.training.sharding import batch_sharding, replicated
+from ldm_jax.training.sharding import batch_sharding, make_mesh, replicated
 from ldm_jax.training.steps import diffusion_functions
 
 
@@ -32,7 +31,7 @@ BATCH = {
 
 
 def losses(config, devices, batch, steps):
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    mesh = make_mesh(devices=jax.devices()[:devices])
     init, step = diffusion_functions(config)
     everywhere = replicated(mesh)
     state = jax.jit(lambda: init(jax.random.key(0)), out_shardings=everywhere)()
