@@ -23,11 +23,27 @@ def count_flops(jaxpr: core.ClosedJaxpr, loops: bool = True) -> float:
     return _jaxpr_flops(jaxpr.jaxpr, loops)
 
 
-def _jaxpr_flops(jaxpr: core.Jaxpr, loops: bool) -> float:
-    return sum(_equation_flops(equation, loops) for equation in jaxpr.eqns)
+def _jaxpr_flops(jaxpr: core.Jaxpr, loops: bool, used: list[bool] | None = None) -> float:
+    """Operations that the results need, or those of them that are `used`.
+
+    Derivatives leave behind what nobody reads, such as the value beside a gradient.
+    """
+    used = [True] * len(jaxpr.outvars) if used is None else used
+    needed = {v for v, read in zip(jaxpr.outvars, used, strict=True) if read and _is_variable(v)}
+    total = 0.0
+    for equation in reversed(jaxpr.eqns):
+        read = [variable in needed for variable in equation.outvars]
+        if any(read) or equation.effects:
+            needed.update(filter(_is_variable, equation.invars))
+            total += _equation_flops(equation, loops, read)
+    return total
 
 
-def _equation_flops(equation: core.JaxprEqn, loops: bool) -> float:
+def _is_variable(atom: Any) -> bool:
+    return not isinstance(atom, core.Literal)
+
+
+def _equation_flops(equation: core.JaxprEqn, loops: bool, read: list[bool]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         contracted = params["dimension_numbers"][0][0]
@@ -38,16 +54,22 @@ def _equation_flops(equation: core.JaxprEqn, loops: bool) -> float:
         return _convolution_flops(equation)
     if name == "cond":
         # A branch per platform does the same sum in another order.
-        return max(_jaxpr_flops(branch.jaxpr, loops) for branch in params["branches"])
+        return max(_jaxpr_flops(branch.jaxpr, loops, read) for branch in params["branches"])
     times = 1.0
     if name == "scan":
         times = params["length"] if loops else 1
+        carried = params["num_carry"]
+        read = [True] * carried + read[carried:]  # what is carried is read by the next turn
     elif name == "pallas_call":
         times = math.prod(params["grid_mapping"].grid)
     elif name == "shard_map":
         sizes, split = params["mesh"].shape, params["in_specs"]
         times = math.prod(sizes[axis] for axis in _named(split))
-    return times * sum(_jaxpr_flops(inner, loops) for inner in _inner(params))
+    total = 0.0
+    for inner in _inner(params):
+        same = name != "while" and len(inner.outvars) == len(read)
+        total += _jaxpr_flops(inner, loops, read if same else None)
+    return times * total
 
 
 def _convolution_flops(equation: core.JaxprEqn) -> float:

@@ -8,7 +8,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from commands import command
 
+from configs import quickstart
 from ldm_jax import config as config_lib
 from ldm_jax import stored_latents
 from ldm_jax import workdir as files
@@ -24,7 +26,6 @@ from ldm_jax.training.encoding import Settings
 from ldm_jax.training.interrupt import Interrupted
 from ldm_jax.training.sharding import make_mesh
 from ldm_jax.training.steps import diffusion_functions
-from tests.commands import command
 
 FLOAT32 = Settings(dtype="float32", shards=3, batch_size=32)
 
@@ -165,6 +166,12 @@ def test_a_killed_run_goes_on_with_its_shards(stored, first_stage, tmp_path):
     for i in range(len(theirs)):
         for name, array in theirs[i].items():
             np.testing.assert_array_equal(ours[i][name], array)
+
+
+def test_a_full_disk_is_said_in_one_line(first_stage, tmp_path):
+    (tmp_path / "shard-00001-of-00003.arrayrecord.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write .*00001.*\.tmp: .*No space left on device"):
+        encode(tiny_config(), tmp_path, first_stage)
 
 
 def test_processes_share_the_work(stored, first_stage, tmp_path):

@@ -81,10 +81,20 @@ def test_operations_of_products_loops_and_branches():
     assert counted(loop, (3, 4), (6, 4, 4)) == 6 * 2 * 3 * 4 * 4
     assert counted(loop, (3, 4), (6, 4, 4), loops=False) == 2 * 3 * 4 * 4
     assert counted(jax.grad(loop, argnums=(0, 1)), (3, 4), (6, 4, 4)) == 3 * 6 * 2 * 3 * 4 * 4
-    again = jax.grad(lambda x, w: jax.checkpoint(loop)(x, w), argnums=(0, 1))
+    again = jax.value_and_grad(jax.checkpoint(loop), argnums=(0, 1))
     assert counted(again, (3, 4), (6, 4, 4)) == 4 * 6 * 2 * 3 * 4 * 4
     branch = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: a @ b, lambda: (a @ b) @ (b.T @ b))  # noqa: E731
     assert counted(branch, (3, 4), (4, 5)) == product + 2 * 5 * 4 * 5 + 2 * 3 * 5 * 5
+
+
+def test_what_nobody_reads_does_not_count():
+    def grad_only(a, b):
+        value, pull = jax.vjp(jax.jit(lambda a: a @ b), a)
+        return pull(jnp.ones_like(value))
+
+    assert counted(grad_only, (3, 4), (4, 5)) == 2 * 3 * 4 * 5
+    unread = lambda a, b: jax.lax.scan(lambda c, x: (c, x @ b), 0.0, a)[0]  # noqa: E731
+    assert counted(unread, (7, 3, 4), (4, 5)) == 0
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -23,7 +23,7 @@ from ldm_jax.data.tfds_source import TfdsSource
 from ldm_jax.errors import UserError
 
 KINDS = ("emoji", "scenes", "folder:/path/to/images", "tar:/path/to/shard-{000..009}.tar")
-KINDS += ("tfds:NAME", "latents:/path/to/folder")
+KINDS += ("tfds:NAME",)
 
 
 class Source(Protocol):

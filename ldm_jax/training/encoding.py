@@ -5,6 +5,7 @@ Work is divided by shards: each process writes its own, and a shard that is ther
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -166,17 +167,32 @@ def write_shards(
         try:
             for example in _examples(config, source, encode, settings, index.rows(shard), embed):
                 check()
-                writer.write(latents_index.pack(example, index.arrays))
+                record = latents_index.pack(example, index.arrays)
+                with _writing(temporary):
+                    writer.write(record)
                 done += 1
                 if time.perf_counter() - printed > SECONDS:
                     printed = time.perf_counter()
                     rate = done / (printed - begin)
                     print(f"encoded {done} of {total} images, {rate:.0f} a second", flush=True)
-        finally:
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the first error is the one that counts
+                writer.close()
+            raise
+        with _writing(temporary):
             writer.close()
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the name must not outlive a crash without its bytes
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Turns what ArrayRecord says of a file into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def _examples(
