@@ -1,8 +1,12 @@
 """Eight fake CPU devices, full float32 products and one compilation cache for the whole suite."""
 
+import importlib
 import os
 import pathlib
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Toy shapes take longer to compile than to run, so LLVM need not optimise. The processes that tests
@@ -14,6 +18,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -40,3 +45,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def golden_dir() -> pathlib.Path:
     return GOLDEN
+
+
+@pytest.fixture
+def import_command() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a command of the package with its flags; those of two cannot be in one process, and
+    so all are forgotten before and afterwards."""
+    known = flags.FLAGS
+    # The flags of `cli` are defined once, when it is imported.
+    owner = known.find_module_defining_flag
+    taken = {
+        name: known[name]
+        for name in list(known)
+        if owner(name).startswith("ldm_jax.") and owner(name) != "ldm_jax.cli"
+    }
+    before = set(known) - set(taken)
+    modules = {}
+
+    def load(name: str) -> ModuleType:
+        for module in (name, "ldm_jax.sample_inputs"):
+            modules.setdefault(module, sys.modules.pop(module, None))
+        return importlib.import_module(name)
+
+    for name in taken:
+        delattr(known, name)
+    yield load
+    for name in set(known) - before:
+        delattr(known, name)
+    for name, flag in taken.items():
+        known[name] = flag
+    for name, module in modules.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module

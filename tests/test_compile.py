@@ -8,9 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax import compile as compile_lib
+from ldm_jax import compilation, programs, topology
 from ldm_jax import config as config_lib
-from ldm_jax import programs, topology
 from ldm_jax.errors import UserError
 from ldm_jax.topology import GIB
 from ldm_jax.training.sharding import SMALL, make_mesh
@@ -73,7 +72,7 @@ def test_the_state_of_published_models_and_what_fsdp_leaves_of_it(name, weights,
 
 def test_a_training_step_for_stand_ins():
     config = narrow(mesh__fsdp=2)
-    record = compile_lib.compile_program(config, topology.open_slice("cpu:4"), "train")
+    record = compilation.compile_program(config, topology.open_slice("cpu:4"), "train")
     assert record["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1} and record["chips"] == 4
     assert record["fits"] is None and "estimate" not in record
     program = programs.train(config, make_mesh(config.mesh, jax.devices()[:4]))
@@ -85,13 +84,13 @@ def test_a_training_step_for_stand_ins():
     exchanged = {row["axes"] for row in record["collectives"]}
     assert "data" in " ".join(exchanged) and "fsdp" in " ".join(exchanged)
     assert record["flops"] > 0 and record["memory"]["activations"] > 0
-    text = compile_lib.show(record, None)
+    text = compilation.show(record, None)
     assert "narrow, train, cpu:4: 4 chips" in text and "ESTIMATE" not in text
 
 
 @pytest.mark.parametrize("what", ["sample", "encode", "decode"])
 def test_other_programs(what):
-    record = compile_lib.compile_program(narrow(), topology.open_slice("cpu:2"), what)
+    record = compilation.compile_program(narrow(), topology.open_slice("cpu:2"), what)
     assert record["images"] == 8
     assert record["calls"] == (7 if what == "sample" else 1)
     assert record["collectives"] == []  # each device works on its own images
@@ -102,7 +101,7 @@ def test_what_remat_computes_again_is_no_work_of_the_model():
     for remat in ("none", "block"):
         config = narrow(denoiser__remat=remat)
         traced = programs.train(config, mesh).trace(mesh)
-        found.append(compile_lib.work(traced, config, "train", mesh))
+        found.append(compilation.work(traced, config, "train", mesh))
     plain, again = found
     assert plain["model_flops"] == plain["flops"] == again["model_flops"]
     assert 1.05 * plain["flops"] < again["flops"] < 4 / 3 * plain["flops"]
@@ -118,9 +117,9 @@ def test_a_slice_that_is_too_small_is_told_before_compiling():
     program = programs.train(config, make_mesh(None, jax.devices()[:4]))
     held = sum(programs.bytes_per_device(tree) for tree in program.parts.values())
     with pytest.raises(UserError, match=r"alone take .* of v5e:4: --config.mesh.fsdp=4 leaves"):
-        compile_lib.compile_program(config, small_chip(4, 0.45 * held), "train")
+        compilation.compile_program(config, small_chip(4, 0.45 * held), "train")
     with pytest.raises(UserError, match=r"no mesh.fsdp is enough, take 11 chips or more"):
-        compile_lib.compile_program(config, small_chip(2, held / 10.5), "train")
+        compilation.compile_program(config, small_chip(2, held / 10.5), "train")
 
 
 @pytest.mark.parametrize(
@@ -132,20 +131,20 @@ def test_a_slice_that_is_too_small_is_told_before_compiling():
     ],
 )
 def test_what_the_compiler_says_of_too_large_programs(message, needed):
-    found = compile_lib._exceeded(message)
+    found = compilation._exceeded(message)
     assert found == (None if needed is None else pytest.approx(needed * GIB))
 
 
 def test_bad_input():
     with pytest.raises(UserError, match=r"config.train.batch_size is 6, .*try 4"):
-        compile_lib.compile_program(
+        compilation.compile_program(
             narrow(train__batch_size=6), topology.open_slice("cpu:4"), "train"
         )
     with pytest.raises(UserError, match="there are 4 devices"):
-        compile_lib.compile_program(narrow(mesh__fsdp=3), topology.open_slice("cpu:4"), "train")
+        compilation.compile_program(narrow(mesh__fsdp=3), topology.open_slice("cpu:4"), "train")
     with pytest.raises(UserError, match="nothing to train"):
         identity = narrow(first_stage__kind="identity")
-        compile_lib.compile_program(identity, topology.open_slice("cpu:4"), "first_stage")
+        compilation.compile_program(identity, topology.open_slice("cpu:4"), "first_stage")
 
 
 @needs_tpu_compiler
@@ -177,7 +176,7 @@ def test_a_training_step_for_a_tpu_slice():
     config = config_of("lsun_bedrooms", "smoke", mesh__fsdp=2, train__dtype="bfloat16")
     topology.prepare("v5e:2x2")
     piece = topology.open_slice("v5e:2x2")
-    record = compile_lib.compile_program(config, piece, "train")
+    record = compilation.compile_program(config, piece, "train")
     assert record["fits"] and record["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
     rows = {(row["kind"], row["axes"]): row for row in record["collectives"]}
     # Weights are gathered, once or more, in bfloat16 or float32; gradients go the other way.

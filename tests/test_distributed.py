@@ -249,9 +249,8 @@ def test_all_leave_where_one_was_asked_to(monkeypatch):
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process_id=2 must be"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(given, message):
-    import ldm_jax.sample  # noqa: F401, which defines them
-
+def test_flags_that_do_not_fit_are_refused(given, message, import_command):
+    import_command("ldm_jax.sample")  # which defines them
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(**given), pytest.raises(UserError, match=message):
         distributed.initialize([])

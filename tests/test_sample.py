@@ -9,7 +9,6 @@ from absl.testing import flagsaver
 from toy_models import model
 
 from ldm_jax import cli, workdir
-from ldm_jax import sample as sample_command
 from ldm_jax.errors import UserError
 
 SMALL = {"text.vocab_size": 7, "text.width": 32, "text.depth": 1, "text.heads": 1}
@@ -22,10 +21,10 @@ def pipe():
 
 
 @pytest.fixture
-def run(pipe, monkeypatch, tmp_path):
+def run(pipe, monkeypatch, tmp_path, import_command):
     """Runs the command on a model of captions; returns what is sampled with, and the record."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["test"])
+    sample_command = import_command("ldm_jax.sample")
+    flags.FLAGS.mark_as_parsed()
     asked = []
 
     def sample(seeds, condition, **settings):
