@@ -20,6 +20,8 @@ import jax
 import pytest
 from absl import flags
 
+import ldm_jax
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -53,28 +55,31 @@ def import_command() -> Iterator[Callable[[str], ModuleType]]:
     so all are forgotten before and afterwards."""
     known = flags.FLAGS
     # The flags of `cli` are defined once, when it is imported.
-    owner = known.find_module_defining_flag
-    taken = {
-        name: known[name]
-        for name in list(known)
-        if owner(name).startswith("ldm_jax.") and owner(name) != "ldm_jax.cli"
-    }
-    before = set(known) - set(taken)
+    owners = {name: known.find_module_defining_flag(name) or "" for name in known}
+    ours = [n for n, o in owners.items() if o.startswith("ldm_jax.") and o != "ldm_jax.cli"]
+    taken = {name: known[name] for name in ours}
+    before = set(known) - set(ours)
     modules = {}
+
+    def forget(name: str) -> ModuleType | None:
+        vars(ldm_jax).pop(name.removeprefix("ldm_jax."), None)
+        return sys.modules.pop(name, None)
 
     def load(name: str) -> ModuleType:
         for module in (name, "ldm_jax.sample_inputs"):
-            modules.setdefault(module, sys.modules.pop(module, None))
+            modules.setdefault(module, forget(module))
         return importlib.import_module(name)
 
-    for name in taken:
+    for name in ours:
         delattr(known, name)
     yield load
     for name in set(known) - before:
         delattr(known, name)
     for name, flag in taken.items():
         known[name] = flag
+        known.register_flag_by_module(owners[name], flag)
     for name, module in modules.items():
-        sys.modules.pop(name, None)
+        forget(name)
         if module is not None:
             sys.modules[name] = module
+            setattr(ldm_jax, name.removeprefix("ldm_jax."), module)
