@@ -26,7 +26,8 @@ _FLAGS = ("coordinator", "num_processes", "process_id")
 _TEXT = 1024  # bytes of a text that hosts tell each other
 # What collectives say whose peer is gone.
 _GONE = re.compile(
-    r"gloo|connection (closed|reset|refused)|heartbeat|coordination|unavailable|socket closed",
+    r"gloo|connection (closed|reset|refused)|heartbeat|coordination|unavailable|socket closed"
+    r"|deadline.exceeded|barrier",
     re.IGNORECASE,
 )
 
@@ -64,10 +65,10 @@ def initialize(argv: Sequence[str]) -> None:
         return
     import jax
 
-    if (jax.config.jax_platforms or "").split(",")[0] == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # Collectives of two programs at a time would be taken for each other's.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Of CPUs, which may be what there is. Collectives of two of their programs at a time would be
+    # taken for each other's.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # It would take SIGTERM from processes that have nothing to save yet.
     jax.config.update("jax_enable_preemption_service", False)
     found = (given["coordinator"], given["num_processes"], given["process_id"]) if named else ()
@@ -78,8 +79,19 @@ def initialize(argv: Sequence[str]) -> None:
         raise UserError(f"the hosts did not find each other: {reason}") from error
     if jax.process_index() != 0:
         sys.stdout = open(os.devnull, "w")  # process 0 says it
-    words = [word for word in argv[1:] if word.lstrip("-").partition("=")[0] not in _FLAGS]
-    check_same({"the command line": " ".join(words), "the source of ldm_jax": _source()})
+    check_same({"the command line": _shared(argv), "the source of ldm_jax": _source()})
+
+
+def _shared(argv: Sequence[str]) -> str:
+    """A command line without what says which of the processes this is."""
+    kept, words = [], iter(argv[1:])
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if name not in _FLAGS:
+            kept.append(word)
+        elif not equals:
+            next(words, None)  # its value
+    return " ".join(kept)
 
 
 def is_main() -> bool:
@@ -105,7 +117,13 @@ def peer_died(error: BaseException) -> bool:
     """Tells whether an error is one of collectives with a process that is gone."""
     import jax
 
-    return in_use() and isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error))
+    if not in_use():
+        return False
+    while error is not None:  # closing a checkpoint may fail on top of it
+        if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_same(texts: Mapping[str, str]) -> None:

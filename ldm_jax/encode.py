@@ -13,6 +13,7 @@ Several hosts share the work, each with its own shards. The same command goes on
 from __future__ import annotations
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -89,6 +90,10 @@ def main() -> None:
             )
         except Interrupted as stop:
             stopped = stop
+        except Exception as error:
+            if distributed.in_use():  # the others encode their share first
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            raise
     if distributed.any_host(stopped is not None):
         raise stopped or Interrupted("another host was stopped; the same command goes on")
     mine = [out / index.file(shard) for shard in my_shards(index, settings)]

@@ -24,7 +24,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.judges import Judges, first_stage_judges
 from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.first_stage_steps import first_stage_functions
-from ldm_jax.training.sharding import check_batch
+from ldm_jax.training.sharding import check_batch, device_bytes
 from ldm_jax.training.steps import diffusion_functions
 
 
@@ -66,6 +66,7 @@ def check_parts(
             )
     if config.train.steps > 0:
         _check_diffusion(config, workdir)
+        _check_state_fits(config, mesh)
     open_classifier(workdir, config)
     if config.classifier.train.steps > 0:
         block, key = config.classifier.train, "classifier.train.batch_size"
@@ -83,6 +84,19 @@ def _check_codebook(config: ConfigDict) -> None:
         raise UserError(
             f"config.first_stage.codes is {c.codes}: training so many codes of {c.channels} "
             f"channels takes {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: use fewer"
+        )
+
+
+def _check_state_fits(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses accelerators that cannot hold their part of the training state."""
+    free = memory.free_on_device()
+    if free is None:
+        return
+    held = device_bytes(jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)), mesh)
+    if held > free:
+        raise UserError(
+            f"weights, averages and optimiser alone take {held / 2**30:.2f} GiB of each device, "
+            f"but {free / 2**30:.2f} GiB are free: raise config.mesh.fsdp or take more devices"
         )
 
 

@@ -57,8 +57,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
         mesh = make_mesh(config.mesh)
         source = open_training_data(config, workdir)
         judges = check_parts(config, workdir, source, mesh)
-        if distributed.is_main():
-            _claim(config, workdir, source, allow_config_change)
+    with distributed.agreed():  # once all have read what is there
+        _claim(config, workdir, source, allow_config_change)
     with Interrupts() as interrupts:
         job = _Run(config, workdir, source, mesh, interrupts)
         frozen = job.first_stage(judges)
@@ -74,9 +74,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
             f"captions: {source.cut_share:.1%} were longer than the {config.text.length} tokens of "
             "config.text.length, and were cut off"
         )
-    print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Look at:")
-    for path in shown:
-        print(f"  {path}")
+    looks = "\n".join(f"  {path}" for path in shown)
+    print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Look at:\n{looks}")
     print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
 
 
@@ -84,6 +83,8 @@ def _claim(
     config: ConfigDict, workdir: pathlib.Path, source: Source, allow_config_change: bool
 ) -> None:
     """Makes a workdir this run's own, with what sampling needs besides weights."""
+    if not distributed.is_main():
+        return
     files.claim(workdir, config, allow_config_change)
     if {"label", "boxes"} & set(config.data.fields) and source.label_names:
         files.write_labels(workdir, source.label_names)
@@ -106,7 +107,7 @@ class _Run:
         self.config, self.workdir, self.source = config, workdir, source
         self.mesh, self.interrupts = mesh, interrupts
         self.key = jax.random.key(config.seed)
-        self.encoded: Source | None = None  # what `_latents` has made
+        self.encoded: Source | None = None  # by `_latents`
 
     # -- first stage ----------------------------------------------------------------------------
 

@@ -258,6 +258,25 @@ def test_flags_that_do_not_fit_are_refused(given, message, import_command):
     assert not distributed.in_use()
 
 
+@pytest.mark.parametrize("place", [["--process_id=1"], ["--process_id", "1"]])
+def test_command_lines_differ_in_the_process_only(place):
+    one = distributed._shared(["train", "--config=a", *place, "--num_processes=2", "--seed=1"])
+    assert one == "--config=a --seed=1"
+
+
+def test_a_dead_peer_is_seen_behind_what_failed_on_top(monkeypatch):
+    monkeypatch.setattr(distributed, "in_use", lambda: True)
+    lost = jax.errors.JaxRuntimeError("Gloo all-reduce: Connection closed by peer")
+    try:
+        try:
+            raise lost
+        finally:
+            raise ValueError("no checkpoint")
+    except ValueError as error:
+        assert distributed.peer_died(error)
+    assert not distributed.peer_died(ValueError("no checkpoint"))
+
+
 def test_pods_are_recognised(monkeypatch):
     def on_pod(libtpu=False, **environment):
         with monkeypatch.context() as patch:

@@ -27,7 +27,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 SMALL = 2**14  # elements below which an array is not worth gathering: it lies on every device
 # The parts of a model whose heads and hidden units 'tensor' splits, and their linear layers: of
-# COLUMNS the outputs, of ROWS the inputs, so that nothing is exchanged between the two.
+# COLUMNS the outputs, of ROWS the inputs. Separate layers exchange nothing between the two; where
+# q, k and v, or both halves of a gated MLP, are one kernel, the compiler moves activations.
 TENSOR_PARTS = ("denoiser", "conditioner")
 COLUMNS = re.compile(
     r"(^|/)(q|k|v|qkv|mlp_in|(image|context)_qkv/dense|cross_(q|kv)/dense|(image|context)_mlp/in)$"
@@ -131,11 +132,21 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def local_part(mesh: Mesh) -> tuple[int, int]:
-    """Which part of a batch this process feeds: its index, and their number."""
+    """Which part of a batch this process feeds: its index, and their number.
+
+    Raises:
+        UserError: hosts would feed parts that overlap.
+    """
     count = batch_parts(mesh)
     slices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
     rows = sorted({rows[0].indices(count)[:2] for rows in slices})
     start, stop = rows[0][0], rows[-1][1]
+    size = stop - start
+    if start % size or count % size:
+        raise UserError(
+            f"config.mesh.tensor is {mesh.shape['tensor']}: it must divide the devices of a host, "
+            "or be a multiple of them"
+        )
     return start // (stop - start), count // (stop - start)
 
 
@@ -155,6 +166,15 @@ def check_batch(batch_size: int, mesh: Mesh, key: str, accumulate: int = 1) -> N
             f"config.{key} is {batch_size}, which {what} do not divide: "
             f"try {max(unit, batch_size // unit * unit)}"
         )
+
+
+def device_bytes(tree: Any, mesh: Mesh) -> int:
+    """Bytes of a tree of weights, averages and moments that each device of a mesh holds."""
+    shardings = jax.tree.leaves(state_shardings(tree, mesh))
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), shardings, strict=True)
+    )
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:

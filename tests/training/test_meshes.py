@@ -9,13 +9,15 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from ldm_jax import config as config_lib
+from ldm_jax import memory
 from ldm_jax.errors import UserError
-from ldm_jax.preflight import check_parts
+from ldm_jax.preflight import _check_state_fits, check_parts
 from ldm_jax.training import sharding
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.sharding import (
     batch_sharding,
     check_batch,
+    device_bytes,
     gather,
     local_part,
     make_mesh,
@@ -101,6 +103,21 @@ CASES += [
     for kind, every in (("dit", MORE), ("unet", MESHES + MORE))
     for sizes in every
 ]
+
+
+def test_a_state_that_is_too_large_is_refused_before_it_is_compiled(monkeypatch, split_all):
+    config = tiny_config()
+    split = config_lib.get_config().mesh
+    state = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
+    whole = device_bytes(state, make_mesh(split))
+    with split.unlocked():
+        split.fsdp = 8
+    part = device_bytes(state, make_mesh(split))
+    assert whole / 8 < part < whole / 4  # what 8 does not divide lies on every device
+    monkeypatch.setattr(memory, "free_on_device", lambda: whole - 1)
+    _check_state_fits(config, make_mesh(split))
+    with pytest.raises(UserError, match=r"alone take 0\.\d\d GiB of each device.*mesh\.fsdp"):
+        _check_state_fits(config, make_mesh())
 
 
 @pytest.mark.parametrize(("kind", "sizes"), CASES, ids=str)
