@@ -71,6 +71,7 @@ def check_rates(record):
     json.dumps(record)
 
 
+@pytest.mark.slow
 def test_train_with_cached_latents_and_a_profile(options, tmp_path):
     config = quickstart.get_config("smoke")
     record = MEASURES["train"](config, options._replace(profile=str(tmp_path)))
