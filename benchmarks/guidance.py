@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import quality
-from ldm_jax import cli
+from ldm_jax import cli, images
 from ldm_jax.errors import UserError
 
 RUNS = flags.DEFINE_string("runs", "", "The folder of benchmarks.objectives, with v_0.")
@@ -131,7 +131,7 @@ def main() -> None:
             **chosen,
         )
         decoded = np.concatenate([np.asarray(pipe.decode(x)) for x in np.array_split(latents, 8)])
-        pixels = np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype(np.uint8)
+        pixels = images.to_uint8(decoded)
         hits = scores(Classifier, judge, pixels).argmax(-1) == np.asarray(asked["label"])
         found[name] = {
             "distance": quality.distance(latents, target),

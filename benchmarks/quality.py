@@ -110,10 +110,9 @@ def plot(
     lines: Mapping[str, Sequence[tuple[float, float]]],
     x_label: str,
     y_label: str,
-    reference: tuple[str, float] | None = None,
     logarithmic: bool = True,
 ) -> None:
-    """Draws lines of (x, y) by name, and a reference; y is logarithmic, and x unless told."""
+    """Draws lines of (x, y) by name; y is logarithmic, and x too unless `logarithmic` is False."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,8 +123,6 @@ def plot(
     for number, (name, points) in enumerate(lines.items()):
         style = styles[number // 7 % len(styles)]
         axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{number % 7}", label=name)
-    if reference is not None:
-        axes.axhline(reference[1], color="grey", linewidth=1, label=reference[0])
     axes.set(yscale="log", xlabel=x_label, ylabel=y_label)
     if logarithmic:
         axes.set_xscale("log")

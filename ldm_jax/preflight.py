@@ -22,9 +22,11 @@ from ldm_jax.data.task_fields import columns
 from ldm_jax.diffusion.samplers import make_table, nearest_eta
 from ldm_jax.errors import UserError
 from ldm_jax.judges import Judges, first_stage_judges
+from ldm_jax.training.checkpoint import abstract_like
 from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.first_stage_steps import first_stage_functions
-from ldm_jax.training.sharding import check_batch, device_bytes
+from ldm_jax.training.sharding import bytes_per_device, check_batch, state_shardings
+from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
 
@@ -66,7 +68,7 @@ def check_parts(
             )
     if config.train.steps > 0:
         _check_diffusion(config, workdir)
-        _check_state_fits(config, mesh)
+        _check_state_fits(jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)), mesh)
     open_classifier(workdir, config)
     if config.classifier.train.steps > 0:
         block, key = config.classifier.train, "classifier.train.batch_size"
@@ -87,13 +89,11 @@ def _check_codebook(config: ConfigDict) -> None:
         )
 
 
-def _check_state_fits(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    """Refuses accelerators that cannot hold their part of the training state."""
+def _check_state_fits(state: TrainState, mesh: jax.sharding.Mesh) -> None:
+    """Refuses accelerators that cannot hold their part of a training state, which is abstract."""
     free = memory.free_on_device()
-    if free is None:
-        return
-    held = device_bytes(jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)), mesh)
-    if held > free:
+    held = bytes_per_device(abstract_like(state, state_shardings(state, mesh)))
+    if free is not None and held > free:
         raise UserError(
             f"weights, averages and optimiser alone take {held / 2**30:.2f} GiB of each device, "
             f"but {free / 2**30:.2f} GiB are free: raise config.mesh.fsdp or take more devices"
@@ -129,7 +129,6 @@ def _check_diffusion(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
     if s.guidance_scale != 1:
         make_guidance(config, s.guidance_scale, s.guidance_rescale, s.guidance_interval, False)
-    jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
 
 
 def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from ldm_jax import config as config_lib
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.lpips import LPIPS
 from ldm_jax.networks import Networks
+from ldm_jax.training.checkpoint import abstract_like
 from ldm_jax.training.first_stage_steps import first_stage_functions
 from ldm_jax.training.sharding import (
     batch_parts,
     batch_sharding,
+    bytes_per_device,
     check_batch,
     replicated,
     state_shardings,
@@ -100,9 +103,9 @@ def sample(config: ConfigDict, mesh: Mesh) -> Program:
     ]
     guidance = arguments.make_guidance(config)
     none = dict.fromkeys(("negative", "weak", "label", "noise", "start", "image", "hole", "grey"))
-    told = _split(_fields(config, count), mesh)
+    told = abstract_like(_fields(config, count), batch_sharding(mesh))
     inputs = none | {
-        "seeds": _split(jax.ShapeDtypeStruct((count,), jnp.uint32), mesh),
+        "seeds": abstract_like(jax.ShapeDtypeStruct((count,), jnp.uint32), batch_sharding(mesh)),
         "fields": told or None,
         "also": (),
     }
@@ -120,7 +123,7 @@ def sample(config: ConfigDict, mesh: Mesh) -> Program:
     calls = len(tables[1].rows["t"]) // len(tables[0].rows["t"])
     return Program(
         generate,
-        (variables, inputs, *_everywhere(shared, mesh)),
+        (variables, inputs, *abstract_like(shared, replicated(mesh))),
         {"parameters": variables},
         count,
         out_shardings=batch_sharding(mesh),
@@ -137,7 +140,7 @@ def encode(config: ConfigDict, mesh: Mesh) -> Program:
         return module.apply(variables, images.to_float(image), method="moments")
 
     variables = _state(abstract_first_stage(config), mesh)
-    pixels = _split(_images(config, count)["image"], mesh)
+    pixels = abstract_like(_images(config, count)["image"], batch_sharding(mesh))
     parts = {"parameters": variables}
     split = batch_sharding(mesh)
     return Program(moments, (variables, pixels), parts, count, out_shardings=split)
@@ -153,7 +156,7 @@ def decode(config: ConfigDict, mesh: Mesh) -> Program:
 
     variables = _state(abstract_first_stage(config), mesh)
     shape = (count, size, size, config_lib.latent_channels(config))
-    latents = _split(jax.ShapeDtypeStruct(shape, jnp.float32), mesh)
+    latents = abstract_like(jax.ShapeDtypeStruct(shape, jnp.float32), batch_sharding(mesh))
     parts = {"parameters": variables}
     split = batch_sharding(mesh)
     return Program(pixels, (variables, latents), parts, count, out_shardings=split)
@@ -170,7 +173,7 @@ PROGRAMS = {
 
 def _training(init: Callable, step: Callable, frozen: Any, batch: Any, mesh: Mesh) -> Program:
     state: TrainState = _state(jax.eval_shape(init, jax.random.key(0)), mesh)
-    key = _everywhere(jax.eval_shape(lambda: jax.random.key(0)), mesh)
+    key = abstract_like(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     parts = {
         "parameters": state.params,
         "averages": (state.ema_params, state.averages),
@@ -179,7 +182,7 @@ def _training(init: Callable, step: Callable, frozen: Any, batch: Any, mesh: Mes
     }
     return Program(
         step,
-        (state, frozen, _split(batch, mesh), key),
+        (state, frozen, abstract_like(batch, batch_sharding(mesh)), key),
         parts,
         jax.tree.leaves(batch)[0].shape[0],
         donated=(0,),
@@ -215,32 +218,7 @@ def _whole(count: int, mesh: Mesh) -> int:
 
 
 def _state(tree: Any, mesh: Mesh) -> Any:
-    return _laid(tree, state_shardings(tree, mesh))
-
-
-def _split(tree: Any, mesh: Mesh) -> Any:
-    return _laid(tree, jax.tree.map(lambda leaf: batch_sharding(mesh), tree))
-
-
-def _everywhere(tree: Any, mesh: Mesh) -> Any:
-    return _laid(tree, jax.tree.map(lambda leaf: replicated(mesh), tree))
-
-
-def _laid(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings,
-    )
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of abstract arrays that one device holds, without padding."""
-    return sum(
-        _size(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    )
+    return abstract_like(tree, state_shardings(tree, mesh))
 
 
 def bytes_if_split(program: Program, mesh: Mesh) -> int:
@@ -250,11 +228,4 @@ def bytes_if_split(program: Program, mesh: Mesh) -> int:
 
 def count(tree: Any) -> int:
     """Number of elements of a tree."""
-    return sum(_size(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for side in shape:
-        size *= side
-    return size
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -96,7 +96,8 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
     What was saved on one mesh can be restored on any other.
     """
     if isinstance(shardings, jax.sharding.Sharding):
-        return abstract_like(tree, jax.tree.map(lambda leaf: shardings, tree))
+        everywhere = shardings
+        shardings = jax.tree.map(lambda leaf: everywhere, tree)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,

@@ -168,12 +168,12 @@ def check_batch(batch_size: int, mesh: Mesh, key: str, accumulate: int = 1) -> N
         )
 
 
-def device_bytes(tree: Any, mesh: Mesh) -> int:
-    """Bytes of a tree of weights, averages and moments that each device of a mesh holds."""
-    shardings = jax.tree.leaves(state_shardings(tree, mesh))
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a tree of arrays, abstract or not, that one device holds, without padding."""
     return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for leaf, sharding in zip(jax.tree.leaves(tree), shardings, strict=True)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )
 
 

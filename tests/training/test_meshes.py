@@ -16,8 +16,8 @@ from ldm_jax.training import sharding
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.sharding import (
     batch_sharding,
+    bytes_per_device,
     check_batch,
-    device_bytes,
     gather,
     local_part,
     make_mesh,
@@ -109,15 +109,15 @@ def test_a_state_that_is_too_large_is_refused_before_it_is_compiled(monkeypatch,
     config = tiny_config()
     split = config_lib.get_config().mesh
     state = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0))
-    whole = device_bytes(state, make_mesh(split))
+    whole = bytes_per_device(abstract_like(state, state_shardings(state, make_mesh(split))))
     with split.unlocked():
         split.fsdp = 8
-    part = device_bytes(state, make_mesh(split))
+    part = bytes_per_device(abstract_like(state, state_shardings(state, make_mesh(split))))
     assert whole / 8 < part < whole / 4  # what 8 does not divide lies on every device
     monkeypatch.setattr(memory, "free_on_device", lambda: whole - 1)
-    _check_state_fits(config, make_mesh(split))
+    _check_state_fits(state, make_mesh(split))
     with pytest.raises(UserError, match=r"alone take 0\.\d\d GiB of each device.*mesh\.fsdp"):
-        _check_state_fits(config, make_mesh())
+        _check_state_fits(state, make_mesh())
 
 
 @pytest.mark.parametrize(("kind", "sizes"), CASES, ids=str)
