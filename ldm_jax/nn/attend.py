@@ -26,7 +26,7 @@ from ldm_jax.nn.attend_tiled import attend_tiled, tile_side
 from ldm_jax.nn.attend_tpu import attend_tpu
 from ldm_jax.types import Array
 
-# Logits of one head of one example. From here on tiles take 0.4 to 0.85 of the time of the plain
+# Logits of one head of one example. From here on tiles take 0.4 to 1.1 of the time of the plain
 # formula on 2 CPU cores, forward and backward (benchmarks/attention.py); below, they can be slower.
 LONG = 1024 * 1024
 # What cuDNN's kernels take in both directions and on every generation of GPUs.
