@@ -1,4 +1,4 @@
-"""Filter gradients of 3x3 convolutions: stock against by example, alternating in one run.
+"""Filter gradients of 3x3 convolutions: stock against by patches, alternating in one run.
 
 python -m benchmarks.conv
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 
-from ldm_jax.nn.conv import _conv, _kernel_grad, _kernel_grad_by_example
+from ldm_jax.nn.conv import _conv, _kernel_grad, _kernel_grad_by_patches
 
 SHAPES = ((64, 32, 32), (32, 64, 32), (16, 64, 32), (8, 128, 64))  # side, channels, batch
 RUNS = 7
@@ -28,7 +28,7 @@ def seconds(function: Callable, *arguments: jax.Array) -> float:
 def main() -> None:
     """Prints the medians of each shape."""
     print(f"{jax.devices()[0].device_kind}, medians of {RUNS} alternating runs, ms")
-    print("| map, channels, batch | forward | stock filter gradient | by example | ratio |")
+    print("| map, channels, batch | forward | stock filter gradient | by patches | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for side, channels, batch in SHAPES:
         keys = jax.random.split(jax.random.key(0), 3)
@@ -39,7 +39,7 @@ def main() -> None:
         functions = (
             (jax.jit(functools.partial(_conv, **place)), (x, kernel)),
             (jax.jit(functools.partial(_kernel_grad, **place)), (x, grad)),
-            (jax.jit(functools.partial(_kernel_grad_by_example, **place)), (x, grad)),
+            (jax.jit(functools.partial(_kernel_grad_by_patches, **place)), (x, grad)),
         )
         times = [[seconds(f, *arguments) for f, arguments in functions] for _ in range(RUNS + 1)]
         forward, stock, ours = (

@@ -21,7 +21,9 @@ import pytest
 from absl import flags
 
 import ldm_jax
+from ldm_jax import xla_flags
 
+xla_flags.prefer_eigen()  # as the commands do
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
