@@ -17,7 +17,7 @@ the same devices, in the same type, measured before. Memory is what the compiler
 device. Compiling takes less time from the cache in JAX_COMPILATION_CACHE_DIR, if that is set.
 
 A table is printed; --out=FILE.json also writes it as JSON, --profile=DIR a trace for TensorBoard or
-Perfetto.
+Perfetto. Several hosts measure one program together, and process 0 says what it found.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ import pathlib
 
 from absl import flags
 
-from ldm_jax import cli
+from ldm_jax import cli, distributed
 from ldm_jax.errors import UserError
 
 WHAT = ("train", "first_stage", "sample", "encode", "decode", "data")  # measures.MEASURES
 
+distributed.define_flags()
 _CONFIG = cli.define_config_flag()
 _WHAT = flags.DEFINE_enum("what", "data", WHAT, "What to measure.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Of the run. Default: runs/<config name>.")
@@ -67,6 +68,8 @@ def main() -> None:
     )
     found = measures.MEASURES[_WHAT.value](config, options)
     record = {"what": _WHAT.value, "config": config.name, **found}
+    if not distributed.is_main():
+        return
     print(measures.show(record))
     if _OUT.value:
         out = pathlib.Path(_OUT.value)

@@ -13,6 +13,7 @@ from ldm_jax.checks_classifier import check_classifier
 from ldm_jax.checks_diffusion import CONTINUOUS, SAMPLERS, SPACINGS, check_diffusion
 from ldm_jax.checks_latents import check_latents
 from ldm_jax.checks_mesh import check_mesh
+from ldm_jax.checks_training import check_training
 from ldm_jax.defaults import get_config
 from ldm_jax.errors import UserError
 
@@ -28,7 +29,8 @@ FIELDS = {
     "inpainting": ("masked_image", "mask"),
 }
 _AT_LEAST_ONE = {"batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "num_samples"}
-_AT_LEAST_ONE |= {"every"}
+_AT_LEAST_ONE |= {"min_side", "max_pixels"}
+_AT_LEAST_ONE |= {"every", "max_skipped", "max_rollbacks"}
 _AT_LEAST_ONE |= {"resolution", "width", "depth", "codes", "channels", "z_channels", "threads"}
 _AT_LEAST_ONE |= {"patch", "norm_groups", "heads", "head_dim", "images", "accumulate"}
 _AT_LEAST_ONE |= {"num_classes", "transformer_depth", "vocab_size", "length", "mlp_width"}
@@ -55,7 +57,7 @@ _AT_LEAST_ZERO = {
     "perceptual_weight",
 }
 _SHARES = {"dropout", "ema_decay", "cond_drop_rate", "eta", "lr_start", "lr_end"}
-_SHARES |= {"decay", "reset", "guidance_rescale"}
+_SHARES |= {"decay", "reset", "guidance_rescale", "max_bad"}
 # Far above what any model has; anything larger is a mistake that would take all time or memory.
 MOST_LEVELS = 10
 MOST_BLOCKS = 500
@@ -65,7 +67,8 @@ _AT_MOST |= dict.fromkeys(("depth", "transformer_depth"), 100) | {"mlp_width": 2
 _AT_MOST |= dict.fromkeys(("width", "channels", "z_channels", "norm_groups"), 2**16)
 _AT_MOST |= dict.fromkeys(("heads", "num_heads", "head_dim", "length", "resolution"), 2**16)
 _AT_MOST |= dict.fromkeys(("num_classes", "vocab_size", "codes"), MOST_CODES)
-_AT_MOST |= {"diffusion.steps": 10**6}
+# Beyond it Pillow opens nothing.
+_AT_MOST |= {"diffusion.steps": 10**6, "data.max_pixels": 178_956_970}
 _PAIRS = {"betas", "beta", "ratios", "p2", "guidance_interval"}
 _ABOVE_ZERO = {"sigma_data", "huber_delta", "snr_gamma", "times_std", "times_shift"}
 _FLOATS = _PAIRS | {"stds", "decays"}
@@ -297,6 +300,7 @@ def _check_sizes(c: ConfigDict) -> None:
     check_buckets(c, f, unit)
     _check_averages(c)
     check_mesh(c)
+    check_training(c)
     check_latents(c)
     if "low_res" in c.conditioners:
         factor, latent = c.data.low_res.factor, size // f

@@ -13,11 +13,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ldm_jax import config as config_lib
-from ldm_jax import distributed
-from ldm_jax.errors import UserError
-from ldm_jax.training.interrupt import Interrupted
+from ldm_jax import distributed, watchdog, xla_flags
+from ldm_jax.errors import Diverged, UserError
+from ldm_jax.training import interrupt
+from ldm_jax.training.interrupt import EXIT_PREEMPTED, Interrupted
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_PEER_DIED = 0, 1, 75, 77
+EXIT_OK, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_PEER_DIED = 0, 1, 76, 77  # and EXIT_PREEMPTED
 
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.", allow_override=True)
 
@@ -26,8 +27,10 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     """Parses flags, joins other hosts where the command has flags for that, runs `main` and exits.
 
     Exit codes: 0 done; 1 wrong input, said in one line on stderr; 75 stopped on request and
-    resumable by the same command; 77 likewise, as another host's process has ended.
+    resumable by the same command; 76 diverged, as the same command would again; 77 the
+    process of another host has ended, or hangs, and the same command resumes.
     """
+    xla_flags.prefer_eigen()
     argv = list(sys.argv if argv is None else argv)
     debug = any(arg.lstrip("-").lower() in ("debug", "debug=true", "debug=1") for arg in argv)
     try:
@@ -37,11 +40,19 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"unexpected argument '{rest[1]}': flags are written --name=value")
+        _check_folders()
         distributed.initialize(argv)
+        if listening := interrupt.of_command():
+            listening.joined(others=distributed.joined())
         code = main() or EXIT_OK
     except Interrupted as stop:
         print(stop, flush=True)
         code = EXIT_PREEMPTED
+    except Diverged as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_DIVERGED
     except Exception as error:
         # While flags are parsed, which also runs the config file, whatever is raised is about what
         # the user wrote. Later, only a UserError is; a bug of ours must keep its traceback.
@@ -52,11 +63,24 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
         if not known and distributed.peer_died(error):
-            print("error: the process of another host has ended", file=sys.stderr, flush=True)
+            watchdog.explain("the process of another host has ended")
             code = EXIT_PEER_DIED
+    interrupt.end_listening()
     if code not in (EXIT_OK, EXIT_PREEMPTED) and distributed.joined():
         distributed.leave(code)
+    distributed.finish(code)
     sys.exit(code)
+
+
+def _check_folders() -> None:
+    """Raises UserError for a folder that is no path, such as one of a bucket."""
+    for name in ("workdir", "out"):
+        given = flags.FLAGS[name].value if name in flags.FLAGS else None
+        if given and (found := re.match(r"([a-z][a-z0-9+.-]+)://", given)):
+            raise UserError(
+                f"--{name}={given}: folders are read and written as paths; mount what is at "
+                f"{found[1]}:// and give the path of that (docs/launch.md has gcsfuse)"
+            )
 
 
 def _one_line(error: Exception) -> str:

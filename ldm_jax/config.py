@@ -37,7 +37,7 @@ UNET_KEYS = ("mult", "attn_downsample", "cross_attention", "transformer_depth", 
 UNET_KEYS += ("resblock_resample", "conv_resample", "split_qkv_first")
 # How the same updates are computed: a run may go on with other values, on other devices.
 SAME_RESULTS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.dcn_data", "denoiser.remat")
-SAME_RESULTS += ("train.accumulate", "classifier.train.accumulate")
+SAME_RESULTS += ("train.accumulate", "classifier.train.accumulate", "data.max_bad")
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

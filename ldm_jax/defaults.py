@@ -30,6 +30,14 @@ def _train_block(**changes: Any) -> ConfigDict:
             picture_every=5000,  # steps between grids of samples or reconstructions; 0 = none
             checkpoint_every=5000,  # steps between checkpoints
             keep_checkpoints=3,  # how many of them stay on disk
+            max_skipped=10,  # steps in a row without a finite loss and gradient that end the run
+            # Times what it was in the last steps, at which a loss is told of as a spike; 0 = never
+            spike_factor=2.0,
+            spike_window=100,  # how many steps that are
+            # Go back to the last checkpoint before a spike, or before max_skipped, and leave out
+            # the data in between
+            rollback=False,
+            max_rollbacks=3,  # how often at most; another one ends the run
         )
         | changes
     )
@@ -67,6 +75,10 @@ def get_config() -> ConfigDict:
                 buckets=(),
                 flip=True,  # mirror half of the images
                 threads=8,  # that read and decode
+                # Images that cannot be read are replaced by others and listed in bad_images.txt
+                max_bad=0.01,  # share of the set above which they end the run; 0 = the first does
+                min_side=8,  # pixels that the shorter side must have
+                max_pixels=100_000_000,  # that an image may have; more are not even decoded
                 low_res=dict(  # of the field `low_res`, which is made of the image
                     factor=4,  # how much smaller
                     degradation="bicubic",  # bicubic | bsr (blur, noise and JPEG in random order)

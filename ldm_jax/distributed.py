@@ -11,6 +11,7 @@ import collections
 import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -20,9 +21,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from absl import flags
 
+from ldm_jax import watchdog
 from ldm_jax.errors import UserError
 
 _FLAGS = ("coordinator", "num_processes", "process_id")
+HANG_TIMEOUT = 300.0  # seconds, of several hosts
 _TEXT = 1024  # bytes of a text that hosts tell each other
 # What collectives say whose peer is gone.
 _GONE = re.compile(
@@ -37,6 +40,12 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where hosts are not on a pod.")
     flags.DEFINE_integer("num_processes", None, "How many processes there are, one per host.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_float(
+        "hang_timeout",
+        None,
+        "Seconds that a host may be silent, and a step of training may take, before all end with "
+        f"exit code 77. Default: {HANG_TIMEOUT:.0f} of several hosts; one alone waits for ever.",
+    )
 
 
 def initialize(argv: Sequence[str]) -> None:
@@ -50,6 +59,9 @@ def initialize(argv: Sequence[str]) -> None:
     given = {name: flags.FLAGS[name].value for name in _FLAGS if name in flags.FLAGS}
     if not given:
         return
+    allowed = flags.FLAGS["hang_timeout"].value
+    if allowed is not None and not 1 <= allowed < 1e8:
+        raise UserError(f"--hang_timeout is {allowed:g}, but must be at least 1 second")
     named = [name for name in _FLAGS if given[name] not in ("", None)]
     if named and len(named) < len(_FLAGS):
         raise UserError("give --coordinator, --num_processes and --process_id together")
@@ -62,7 +74,10 @@ def initialize(argv: Sequence[str]) -> None:
         if not re.fullmatch(r".+:\d+", given["coordinator"]):
             raise UserError(f"--coordinator={given['coordinator']} must be HOST:PORT")
     if not named and not _on_pod():
+        if allowed:
+            watchdog.start(allowed)
         return
+    allowed = allowed or HANG_TIMEOUT
     import jax
 
     # Of CPUs, which may be what there is. Collectives of two of their programs at a time would be
@@ -73,10 +88,21 @@ def initialize(argv: Sequence[str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     found = (given["coordinator"], given["num_processes"], given["process_id"]) if named else ()
     try:
-        jax.distributed.initialize(*found)
+        jax.distributed.initialize(
+            *found,
+            # Later than the watchdog: jax aborts, with an exit code that means a bug. Who is done
+            # waits for the others, who may be slow.
+            heartbeat_timeout_seconds=math.ceil(4 * allowed) + 60,
+            shutdown_timeout_seconds=math.ceil(watchdog.SLOW * allowed),
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the hosts did not find each other: {reason}") from error
+    from jax._src.distributed import global_state  # as orbax does: its store has no public name
+
+    watchdog.start(
+        allowed, global_state.client, global_state.process_id, global_state.num_processes
+    )
     if jax.process_index() != 0:
         sys.stdout = open(os.devnull, "w")  # process 0 says it
     check_same({"the command line": _shared(argv), "the source of ldm_jax": _source()})
@@ -165,11 +191,35 @@ def agreed() -> Iterator[None]:
 
 def any_host(flag: bool) -> bool:
     """Whether `flag` is set on any host; all must call it, and wait for each other."""
-    return "1" in _gather("1" if flag else "0") if in_use() else flag
+    if in_use():
+        flag = "1" in _gather("1" if flag else "0")
+    watchdog.beat()
+    return flag
+
+
+def most(number: int) -> int:
+    """The largest of all hosts' numbers; all must call it, and wait for each other."""
+    return max(map(int, _gather(str(number)))) if in_use() else number
+
+
+def finish(code: int) -> None:
+    """Waits until all others are done as well, unless they die: the exit code is settled."""
+    watching = watchdog.current()
+    if watching:
+        watching.finish(code)
+    if joined():
+        import jax
+
+        with contextlib.suppress(RuntimeError):
+            jax.distributed.shutdown()
+    if watching:
+        watching.stop()
 
 
 def leave(code: int) -> None:
-    """Ends the process without waiting for others, which may wait for this one."""
+    """Ends the process without waiting for others, which may wait for this one; they are told."""
+    if watching := watchdog.current():
+        watching.depart(code)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ldm_jax.data.decode import Limits
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.lpips import LPIPS
@@ -115,7 +116,8 @@ def held_out_images(config: ConfigDict, source: Source) -> Source:
             "may name a part that is held out"
         )
         return source
-    images = open_source(data.source, split=split, where=data.where, label="")
+    limits = Limits(data.min_side, data.max_pixels)
+    images = open_source(data.source, split=split, where=data.where, label="", limits=limits)
     if data.source.startswith("tfds:"):
         return images  # these are named by their place in the split
     trained = {source.name(i) for i in range(len(source))}

@@ -15,6 +15,7 @@ from ldm_jax.arguments import make_guidance
 from ldm_jax.classifier_files import open_classifier
 from ldm_jax.compatibility import check_resumable, check_same_architecture
 from ldm_jax.data.captions import CaptionedSource
+from ldm_jax.data.decode import Limits
 from ldm_jax.data.latents_source import LatentsSource, latents_folder, open_latents
 from ldm_jax.data.pipeline import check_fields
 from ldm_jax.data.sources import Source, open_source
@@ -140,7 +141,8 @@ def open_data(config: ConfigDict, workdir: pathlib.Path) -> Source:
     """
     c = config.data
     label = c.label if "label" in c.fields else ""
-    source = open_source(c.source, split=c.split, where=c.where, label=label)
+    limits = Limits(c.min_side, c.max_pixels)
+    source = open_source(c.source, split=c.split, where=c.where, label=label, limits=limits)
     if "tokens" in c.fields:
         tokenizer, _ = files.training_tokenizer(workdir, config)
         source = CaptionedSource(source, c.caption, tokenizer.encode)

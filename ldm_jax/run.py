@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ldm_jax import classifier_files, distributed, images, stored_latents
+from ldm_jax import classifier_files, distributed, lock, pictures, stored_latents, watchdog
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
+from ldm_jax.data.bad import BAD_HELD_OUT, BAD_IMAGES, TolerantSource
 from ldm_jax.data.buckets import Buckets, make_buckets
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.latents_source import LatentsSource
-from ldm_jax.data.pipeline import Batches, CachedSource, epoch_batches
+from ldm_jax.data.pipeline import Batches, CachedSource
 from ldm_jax.data.sources import Source
 from ldm_jax.data.task_fields import passed_on
 from ldm_jax.data.transforms import CachedTransform
-from ldm_jax.errors import UserError
-from ldm_jax.fields import specify
 from ldm_jax.judges import Judges
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.preflight import check_parts, open_training_data
@@ -34,14 +32,12 @@ from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.ema import profiles
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
-from ldm_jax.training.interrupt import Interrupts
+from ldm_jax.training.interrupt import Interrupts, of_command
 from ldm_jax.training.loop import Picture, Stage, fit
 from ldm_jax.training.sharding import gather, local_part, make_mesh, put, replicated
 from ldm_jax.training.snapshots import remove_later, write_snapshots
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
-
-COMPARED_IMAGES = 20_000  # at most so many training images are searched for nearest neighbours
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = False) -> None:
@@ -53,14 +49,20 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
     """
     config_lib.check(config)
     begin = time.perf_counter()
+    interrupts = of_command() or Interrupts()
     with distributed.agreed():
         mesh = make_mesh(config.mesh)
         source = open_training_data(config, workdir)
         judges = check_parts(config, workdir, source, mesh)
-    with distributed.agreed():  # once all have read what is there
-        _claim(config, workdir, source, allow_config_change)
-    with Interrupts() as interrupts:
-        job = _Run(config, workdir, source, mesh, interrupts)
+    with contextlib.ExitStack() as stack, interrupts:
+        with distributed.agreed():  # once all have read what is there
+            if distributed.is_main():
+                held = stack.enter_context(lock.hold(workdir))
+                interrupts.leaving = held.release
+            _claim(config, workdir, source, allow_config_change)
+        interrupts.check("before the first step")
+        examples, judges = _tolerant(config, workdir, source, judges)
+        job = _Run(config, workdir, examples, mesh, interrupts)
         frozen = job.first_stage(judges)
         if config.train.steps == 0:
             print(f"\nDone: the first stage is in {workdir / 'first_stage'}")
@@ -68,7 +70,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
         pipe = job.diffusion(frozen)
         job.classifier(frozen)
         interrupts.check("before the final samples")
-        shown = job.final_pictures(pipe)
+        with watchdog.phase("picture"):
+            shown = pictures.final_pictures(config, examples, pipe, workdir / "samples")
     if isinstance(source, CaptionedSource) and source.cut_share > 0:
         print(
             f"captions: {source.cut_share:.1%} were longer than the {config.text.length} tokens of "
@@ -91,6 +94,20 @@ def _claim(
     if "tokens" in config.data.fields:  # a run can then be sampled from anywhere
         _, folder = files.training_tokenizer(workdir, config)
         files.copy_tokenizer(folder, workdir / files.TOKENIZER)
+
+
+def _tolerant(
+    config: ConfigDict, workdir: pathlib.Path, source: Source, judges: Judges | None
+) -> tuple[Source, Judges | None]:
+    """Lets a share of the images that are trained on, and judged by, be bad."""
+    if isinstance(source, LatentsSource):
+        return source, judges
+    examples = TolerantSource(source, config.data.max_bad, workdir / BAD_IMAGES)
+    if judges is not None:
+        own = judges.images is not source
+        held_out = TolerantSource(judges.images, config.data.max_bad, workdir / BAD_HELD_OUT)
+        judges = judges._replace(images=held_out if own else examples)
+    return examples, judges
 
 
 class _Run:
@@ -143,7 +160,7 @@ class _Run:
                 lambda done: self.interrupts.check("while evaluating the first stage"),
             )
             path = directory / "reconstructions" / f"step_{number:07d}.png"
-            _save_picture(path, found.grid())
+            pictures.save_picture(path, found.grid())
             return Picture(path, {f"eval_{name}": value for name, value in found.scalars.items()})
 
         stage = Stage(
@@ -156,11 +173,11 @@ class _Run:
             picture,
             picture_at_end=True,
             alarms=lambda scalars: first_stage_alarms(scalars, config),
+            watched="reconstruction_mae",
+            counts=self._counts,
         )
         state = self._fit(stage, self._batches(self.source, stage.block), 1)
-        trained = gather(self._variables(state))
-        _check_finite(trained, stage, "first_stage")
-        return trained
+        return gather(self._variables(state))
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         """A trained first stage's variables, with latents that are not scaled yet."""
@@ -173,7 +190,8 @@ class _Run:
             return stored_latents.scaled(config, frozen, self.source)
         own = not config.first_stage.weights and config.first_stage.kind != "identity"
         check = lambda: self.interrupts.check("while measuring the latents")  # noqa: E731
-        return latents_lib.scaled(config, frozen, self.source, self.mesh, check, trained=own)
+        with watchdog.phase("measure"):
+            return latents_lib.scaled(config, frozen, self.source, self.mesh, check, trained=own)
 
     # -- diffusion ------------------------------------------------------------------------------
 
@@ -199,7 +217,8 @@ class _Run:
 
         def picture(state: TrainState, number: int) -> Picture:
             path = self.workdir / "samples" / f"step_{number:07d}.png"
-            _save_picture(path, self._grid(self._samples(update(state))))
+            made = pictures.samples(config, self.source, update(state))
+            pictures.save_picture(path, pictures.sample_grid(made))
             return Picture(path)
 
         start = self._starting_weights()
@@ -217,6 +236,8 @@ class _Run:
             frozen | stored_latents.stored_null(config, source),
             picture,
             start,
+            watched="loss_simple",
+            counts=self._counts,
             snapshot=snapshot if kept else None,
             snapshot_every=config.ema_snapshots.every,
             forget=functools.partial(remove_later, self.workdir / files.AVERAGES),
@@ -226,14 +247,15 @@ class _Run:
     def _latents(self, frozen: dict[str, Any]) -> Source:
         """The data, with images encoded once if the config says so."""
         if self.config.data.cache_latents and self.encoded is None:
-            self.encoded = latents_lib.encode_source(
-                self.config,
-                self.source,
-                latents_lib.encoder(self.config, frozen, self.mesh),
-                lambda: self.interrupts.check("while encoding the images"),
-                self.buckets,
-                self.mesh,
-            )
+            with watchdog.phase("encode"):
+                self.encoded = latents_lib.encode_source(
+                    self.config,
+                    self.source,
+                    latents_lib.encoder(self.config, frozen, self.mesh),
+                    lambda: self.interrupts.check("while encoding the images"),
+                    self.buckets,
+                    self.mesh,
+                )
         return self.encoded or self.source
 
     @functools.cached_property
@@ -256,36 +278,6 @@ class _Run:
         stored_latents.check_text_encoder(self.config, self.source, start.get("conditioner", {}))
         return start
 
-    def _samples(self, pipe: Pipeline) -> np.ndarray:
-        """The same seeds and classes throughout a run, (N, H, W, 3) uint8."""
-        count = self.config.sample.num_samples
-        condition = None
-        fields = set(specify(self.config))  # a classifier's label may be no condition
-        if fields == {"label"}:
-            classes = min(self.config.label.num_classes, count)
-            # Sorted, so that a row of the grid shows one class.
-            condition = {"label": sorted(i % classes for i in range(count))}
-        elif fields:
-            condition = self._conditions(count)
-        return pipe.sample(range(count), condition)
-
-    def _conditions(self, count: int) -> dict[str, np.ndarray]:
-        """The conditions of the data's first examples, over and over if there are too few."""
-        fields = tuple(specify(self.config))
-        batches = epoch_batches(
-            self.source,
-            latents_lib.task_transform(self.config),
-            min(count, len(self.source)),
-            count=count,
-            fields=passed_on(fields),
-            threads=self.config.data.threads,
-        )
-        (batch,) = batches
-        return {name: batch[name][np.arange(count) % len(batch[name])] for name in fields}
-
-    def _grid(self, pixels: np.ndarray) -> np.ndarray:
-        return images.make_grid(pixels, columns=images.wide_columns(len(pixels)))
-
     # -- classifier -----------------------------------------------------------------------------
 
     def classifier(self, frozen: dict[str, Any]) -> None:
@@ -295,35 +287,13 @@ class _Run:
             return
         directory = self.workdir / classifier_files.FOLDER
         functions = classifier_functions(self.config)
-        stage = Stage("classifier", directory, block, *functions, frozen, picture=None)
+        stage = Stage(
+            "classifier", directory, block, *functions, frozen, picture=None, counts=self._counts
+        )
         state = self._fit(stage, self._batches(self._latents(frozen), block), 4)
         params = gather(state.params["classifier"])
-        _check_finite(params, stage, "classifier")
         if distributed.is_main():
             classifier_files.save_classifier(self.workdir, params)
-
-    def final_pictures(self, pipe: Pipeline) -> list[pathlib.Path]:
-        """Writes the final grid and, if asked for, each sample's nearest training image."""
-        samples = self._samples(pipe)
-        paths = [self.workdir / "samples" / "final.png"]
-        _save_picture(paths[0], self._grid(samples))
-        if self.config.sample.nearest:
-            count = min(len(self.source), COMPARED_IMAGES)
-            references = self._examples(count)
-            if self.config.data.flip:
-                references = np.concatenate([references, references[:, :, ::-1]])
-            indices, distances = images.nearest(samples, references)
-            paths.append(self.workdir / "samples" / "final_nearest.png")
-            pairs = images.pairs_grid(
-                samples, references[indices], columns=images.wide_columns(len(samples))
-            )
-            _save_picture(paths[1], pairs)
-            middle, least = np.median(distances), distances.min()
-            print(
-                f"nearest of {count} training images: root mean square difference {middle:.1f} "
-                f"grey levels in the median, {least:.1f} at least"
-            )
-        return paths
 
     # -- shared ---------------------------------------------------------------------------------
 
@@ -340,7 +310,14 @@ class _Run:
             f"{name} {parameter_overview.count_parameters(tree):,}" for name, tree in params.items()
         )
         print(f"{stage.name}: parameters: {parts} (all in {stage.directory / 'parameters.txt'})")
-        return fit(stage, batches, self._key(purpose), self.mesh, self.interrupts)
+        state = fit(stage, batches, self._key(purpose), self.mesh, self.interrupts)
+        self.interrupts.check(f"after the last step of the {stage.name}")
+        return state
+
+    def _counts(self) -> dict[str, float]:
+        """What is counted beside the steps, for the metrics."""
+        bad = self.source.bad if isinstance(self.source, TolerantSource) else 0
+        return {"bad_images": bad} if bad else {}
 
     def _batches(self, source: Source, block: ConfigDict) -> Any:
         """Returns start_step -> endless batches."""
@@ -370,31 +347,3 @@ class _Run:
             )
 
         return start
-
-    def _epoch(self, batch_size: int, count: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        return epoch_batches(
-            self.source,
-            latents_lib.transform(self.config),
-            batch_size,
-            count=count,
-            threads=self.config.data.threads,
-        )
-
-    def _examples(self, count: int) -> np.ndarray:
-        """The first images of the set, (count, H, W, 3) uint8, without augmentation."""
-        batches = self._epoch(min(count, 256), count)
-        return np.concatenate([batch["image"][batch["valid"]] for batch in batches])
-
-
-def _check_finite(weights: Any, stage: Stage, key: str) -> None:
-    """Raises UserError if the last update of a stage has broken its weights."""
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights)):
-        raise UserError(
-            f"the weights of the {stage.name} in {stage.directory} are not finite: remove its "
-            f"checkpoints, and start again with a lower config.{key}.train.lr"
-        )
-
-
-def _save_picture(path: pathlib.Path, image: np.ndarray) -> None:
-    if distributed.is_main():
-        images.save_png(path, image)

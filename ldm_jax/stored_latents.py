@@ -16,6 +16,7 @@ from ldm_jax import tensors
 from ldm_jax import workdir as files
 from ldm_jax.conditioners.stored import COLLECTION
 from ldm_jax.config import frozen_parts
+from ldm_jax.data.bad import BAD_IMAGES, TolerantSource
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.latents_index import INDEX, NULL_TEXT, Index, read_index, write_index
 from ldm_jax.data.latents_source import LatentsSource, latents_folder
@@ -68,6 +69,7 @@ def encode_data(
         texts["text_encoder"] = tensors.digest(params)
     if isinstance(source, CaptionedSource):
         texts["vocabulary"] = files.training_tokenizer(_root(workdir, folder), config)[0].digest()
+    source = TolerantSource(source, config.data.max_bad, folder / BAD_IMAGES)
     digest = encoding.digest_of(frozen)
     index = encoding.make_index(config, source, encode, settings, digest, **texts)
     index = _claim(folder, index, settings)

@@ -42,6 +42,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 32 * 2**20  # bytes; the longest published header has less than one MiB
 MAX_AXES = 32
 METADATA = "__metadata__"
+# In the metadata of files of ours: CRC-32 of each array's bytes, in hex, in the header's order.
+CHECKSUMS = "crc32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,9 @@ def read_array(
     if data.size != size:
         raise UserError(f"{path} ends within {name}: it was changed or is truncated")
     if crc and zlib.crc32(data) != crc:
-        raise UserError(f"{path} is damaged: {name} does not have its checksum; download it again")
+        raise UserError(
+            f"{path} is damaged: {name} does not have its checksum; get or make it again"
+        )
     if dtype == np.bool_:
         return data != 0  # a byte other than 0 and 1 is no valid bool
     return data.view(dtype)
@@ -161,6 +165,8 @@ def save_tensors(
     """Writes a nested dict of arrays to `path`, one after the other, all or nothing.
 
     Arrays may be NumPy's, JAX's or `LazyArray`s; no more than one of these is in memory at a time.
+    Their checksums are stored in the metadata; whoever reads the file by `open_tensors` is told of
+    any damage.
 
     Raises:
         UserError: a name is no plain name.
@@ -175,9 +181,9 @@ def save_tensors(
     }
     # The widest types first: then each array is aligned to its own type.
     names = sorted(flat, key=lambda name: (-np.dtype(flat[name].dtype).itemsize, name))
-    header: dict[str, Any] = (
-        {METADATA: {name: str(value) for name, value in metadata.items()}} if metadata else {}
-    )
+    sums = ["0" * 8] * len(names)  # of this length whatever they are
+    ours = {name: str(value) for name, value in (metadata or {}).items()}
+    header: dict[str, Any] = {METADATA: ours | {CHECKSUMS: " ".join(sums)}}
     end = 0
     for name in names:
         shape, dtype = list(flat[name].shape), np.dtype(flat[name].dtype)
@@ -185,17 +191,19 @@ def save_tensors(
             raise ValueError(f"'{name}' is {dtype}, which a safetensors file cannot hold")
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
 
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                array = np.ascontiguousarray(flat[name])
-                file.write(array.reshape(-1).view(np.uint8))
+            file.write(_header_bytes(header))
+            for i, name in enumerate(names):
+                array = np.ascontiguousarray(flat[name]).reshape(-1).view(np.uint8)
+                file.write(array)
+                sums[i] = f"{zlib.crc32(array):08x}"
                 del array  # before the next one is read
+            header[METADATA][CHECKSUMS] = " ".join(sums)
+            file.seek(0)
+            file.write(_header_bytes(header))
             file.flush()
             os.fsync(file.fileno())  # the name must not outlive a crash without its bytes
         os.replace(temporary, path)
@@ -205,6 +213,9 @@ def save_tensors(
 
 def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], dict[str, str]]:
     """Returns the arrays of a safetensors file by name, not read yet, and its metadata.
+
+    Where the file was written by `save_tensors`, each array is compared with its checksum whenever
+    it is read, which raises UserError if it does not have it.
 
     Raises:
         UserError: no such file, no valid safetensors file, a type or a name that is not taken.
@@ -233,8 +244,9 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], di
     except (ValueError, RecursionError) as error:  # the library passes over unknown fields
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
     metadata = header.pop(METADATA, None) or {}
+    sums = _checksums(path, metadata.pop(CHECKSUMS, None), len(header))
     flat = {}
-    for name, entry in header.items():
+    for (name, entry), crc in zip(header.items(), sums, strict=True):
         check_name(name, path)
         if not isinstance(entry, dict) or entry["dtype"] not in DTYPES:
             dtype = entry["dtype"] if isinstance(entry, dict) else "of a list"
@@ -242,8 +254,20 @@ def open_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], di
         shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
         check_shape(shape, f"{quote(name)} in {path}")
         offset = 8 + length + entry["data_offsets"][0]
-        flat[name] = LazyArray(shape, dtype, functools.partial(_read, path, offset, shape, dtype))
+        read = functools.partial(_read, path, offset, shape, dtype, crc, quote(name))
+        flat[name] = LazyArray(shape, dtype, read)
     return flat, metadata
+
+
+def check_file(path: str | os.PathLike[str]) -> tuple[int, bool]:
+    """Reads all arrays of a file; returns their bytes, and whether they have checksums.
+
+    Raises:
+        UserError: as `open_tensors`, or an array that does not have its checksum.
+    """
+    size = sum(np.asarray(array).nbytes for array in open_tensors(path)[0].values())
+    with safe_open(path, framework="numpy") as file:
+        return size, CHECKSUMS in (file.metadata() or {})
 
 
 def load_tensors(path: str | os.PathLike[str], like: dict[str, Any]) -> dict[str, Any]:
@@ -285,5 +309,32 @@ def digest(tree: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
-def _read(path: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return read_array(path, offset, math.prod(shape), dtype).reshape(shape)
+def _read(
+    path: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype, crc: int, name: str
+) -> np.ndarray:
+    return read_array(path, offset, math.prod(shape), dtype, crc, name).reshape(shape)
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _checksums(path: Any, text: str | None, count: int) -> list[int]:
+    """The checksums of a file's arrays, in its order; 0 for each where it has none.
+
+    Raises:
+        UserError: they are no checksums of so many arrays.
+    """
+    if text is None:
+        return [0] * count
+    try:
+        sums = [int(word, 16) for word in text.split(" ")] if text else []
+    except ValueError:
+        sums = []
+    if len(sums) != count:
+        raise UserError(
+            f"{path} is damaged: its checksums were changed; get or make the file again"
+        )
+    return sums

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ldm_jax import distributed
 
 # Products of matrices in a call, whose start then costs little, and the largest side: 16384 are
 # 1 GB in float32.
@@ -26,17 +29,24 @@ def call_times(
     A call takes from when the one before it was done until it is done itself, with all arrays that
     it returns. `ahead`: calls that are sent before the result of the first of them is waited for,
     as training does; each must depend on the one before, or they would run at the same time.
+
+    Where there are `seconds`, all processes must call it, and make as many calls as the one that
+    wants most after the first `least` of them: programs of several processes wait for each other.
     """
     jax.block_until_ready(call())
     begin = last = time.perf_counter()
     times, sent = [], collections.deque()
-    while len(times) < least or last - begin < seconds:
+    together, count = seconds > 0 and distributed.in_use(), least
+    while len(times) < count or (not together and last - begin < seconds):
         while len(sent) <= ahead:
             sent.append(call())
         jax.block_until_ready(sent.popleft())
         now = time.perf_counter()
         times.append(now - last)
         last = now
+        if together and len(times) == least:
+            count = distributed.most(max(least, math.ceil(seconds * least / (now - begin))))
+            last = time.perf_counter()
     jax.block_until_ready(list(sent))
     return times
 

@@ -12,6 +12,11 @@ from __future__ import annotations
 
 import pathlib
 
+from ldm_jax.training import interrupt
+
+if __name__ == "__main__":
+    interrupt.listen()  # before all other imports, which take a while
+
 from absl import flags
 
 from ldm_jax import cli, distributed

@@ -38,7 +38,8 @@ from ldm_jax.data import scenes_vocabulary
 from ldm_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ldm_jax.errors import UserError
 from ldm_jax.pipeline import Pipeline
-from ldm_jax.training.checkpoint import Checkpoints, abstract_like
+from ldm_jax.training.checkpoint import abstract_like
+from ldm_jax.training.checkpoint_files import restore_newest, stored_steps
 from ldm_jax.training.sharding import make_mesh, replicated
 from ldm_jax.training.steps import diffusion_functions
 
@@ -260,9 +261,8 @@ def copy_tokenizer(source: pathlib.Path, destination: pathlib.Path) -> None:
 
 
 def has_checkpoint(workdir: pathlib.Path) -> bool:
-    """Tells whether a run has stored a step of its diffusion model."""
-    directory = workdir / "checkpoints"
-    return directory.is_dir() and any(path.name.isdigit() for path in directory.iterdir())
+    """Tells whether a run has stored a step of its diffusion model, damaged or not."""
+    return bool(stored_steps(workdir / "checkpoints"))
 
 
 def load_weights(workdir: str | os.PathLike[str], config: ConfigDict) -> tuple[int, dict[str, Any]]:
@@ -368,11 +368,7 @@ def _load_checkpoint(directory: pathlib.Path, config: ConfigDict) -> tuple[int, 
         "ema_params.denoiser": abstract.ema_params["denoiser"],
         "params.conditioner": abstract.params["conditioner"],
     }
-    checkpoints = Checkpoints(directory)
-    try:
-        step, weights = checkpoints.restore_items(abstract_like(wanted, everywhere))
-    finally:
-        checkpoints.close()
+    step, weights, _ = restore_newest(directory, abstract_like(wanted, everywhere))
     return step, {
         "denoiser": weights["ema_params.denoiser"],
         "conditioner": weights["params.conditioner"],

@@ -1,43 +1,22 @@
 """Several processes that train and sample together, with real ones: two devices each."""
 
-import contextlib
 import json
-import os
 import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from hosts import CONFIG, finish, rows, start, wait_for
 from PIL import Image
 
-from ldm_jax import distributed
+from ldm_jax import cli, distributed, timing
 from ldm_jax.errors import UserError
 from ldm_jax.training.interrupt import Interrupts
-
-CONFIG = """
-from ldm_jax import config as config_lib
-
-def get_config(arg=""):
-    c = config_lib.get_config()
-    c.data.update(source="emoji", resolution=8, fields=("label",), threads=1)
-    c.first_stage.kind = "identity"
-    c.denoiser.update(kind="dit", width=32, depth=1, num_heads=2)
-    c.conditioners = ("label",)
-    c.label.update(width=32, slot="vector")
-    c.train.update(batch_size=8, steps=20, log_every=5, picture_every=0)
-    c.ema_snapshots.update(decays=(0.9,), every=10)
-    c.sample.update(steps=2, batch_size=8, num_samples=8)
-    return c
-"""
-SECONDS = 900  # a machine may be slow
 
 
 @pytest.fixture
@@ -45,57 +24,6 @@ def config(tmp_path):
     path = tmp_path / "tiny.py"
     path.write_text(CONFIG)
     return path
-
-
-def free_port():
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def start(count, module, *arguments, folders=None):
-    """Starts the processes of a command; one alone gets no flags."""
-    cache = jax.config.jax_compilation_cache_dir
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_COMPILATION_CACHE_DIR": cache}
-    hosts = [f"--coordinator=localhost:{free_port()}", f"--num_processes={count}"]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", f"ldm_jax.{module}", *map(str, arguments)]
-            + ([*hosts, f"--process_id={index}"] if count > 1 else []),
-            cwd=folders[index] if folders else "/",
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-
-
-def finish(processes, code=0):
-    """Waits for all; returns (stdout, stderr) of each."""
-    texts = []
-    try:
-        for process in processes:
-            texts.append(process.communicate(timeout=SECONDS))
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code] * len(processes), texts
-    return texts
-
-
-def wait_for(path, text, process):
-    end = time.monotonic() + SECONDS
-    while not (path.exists() and text in path.read_text()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"no {text} in {path}"
-        time.sleep(0.2)
-
-
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
 def pictures(folder):
@@ -292,3 +220,33 @@ def test_pods_are_recognised(monkeypatch):
     assert on_pod(True, TPU_WORKER_HOSTNAMES="a,b") and not on_pod(True, TPU_WORKER_HOSTNAMES="a")
     assert not on_pod(TPU_WORKER_HOSTNAMES="a,b")
     assert not on_pod(True, TPU_WORKER_HOSTNAMES="a,b", JAX_PLATFORMS="cpu")
+
+
+def test_folders_that_are_no_paths_are_refused(import_command, tmp_path):
+    import_command("ldm_jax.sample")
+    flags.FLAGS.mark_as_parsed()
+    for given, said in (
+        ({"workdir": "gs://b/run"}, "^--workdir=gs://b/run: .*mount what is at gs:// and give"),
+        ({"out": "s3://b/run"}, "^--out=s3://b/run: "),
+    ):
+        with flagsaver.flagsaver(**given), pytest.raises(UserError, match=said):
+            cli._check_folders()
+    with flagsaver.flagsaver(workdir=str(tmp_path), out="a:b//c"):
+        cli._check_folders()
+
+
+def test_all_make_as_many_calls(monkeypatch):
+    hosts(monkeypatch, "7")  # another host was faster
+    assert len(timing.call_times(lambda: (), 1e-9, least=2)) == 7
+    hosts(monkeypatch, "1")
+    assert len(timing.call_times(lambda: (), 1e-9, least=2)) == 2
+
+
+@pytest.mark.slow
+def test_the_first_process_says_what_several_measured(tmp_path):
+    quickstart = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+    out = tmp_path / "out.json"
+    arguments = f"--config={quickstart}:smoke", "--what=train", "--seconds=0.5", f"--out={out}"
+    (stdout, _), (other, _) = finish(start(2, "benchmark", *arguments, "--fixed_batch"))
+    assert "images per second" in stdout and "images per second" not in other
+    assert json.loads(out.read_text())["devices"] == 4

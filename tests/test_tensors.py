@@ -1,5 +1,6 @@
 """Weights as safetensors files: lazy, streamed, all or nothing."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_the_library_and_we_read_what_we_write(tmp_path):
     save_tensors(path, make_tree(), {"step": "7"})
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     with safetensors.safe_open(path, framework="numpy") as file:
-        assert file.metadata() == {"step": "7"}
+        assert file.metadata().keys() == {"step", "crc32"}
     theirs, (ours, metadata) = safetensors.numpy.load_file(path), open_tensors(path)
     assert metadata == {"step": "7"}
     assert theirs.keys() == ours.keys() == flat.keys()
@@ -105,3 +106,42 @@ def test_missing_and_unreadable_files(tmp_path):
         open_tensors(tmp_path / "nothing")
     with pytest.raises(UserError, match="cannot read"):
         open_tensors(tmp_path)
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    """In the arrays when they are read; in the header at once, or it makes no difference."""
+    path, tree = tmp_path / "w.safetensors", make_tree()
+    save_tensors(path, tree, {"step": "7"})
+    data, expected = path.read_bytes(), load_tensors(path, tree)
+    start = 8 + int.from_bytes(data[:8], "little")
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(8 * start, 8 * len(data), 60), *rng.integers(0, 8 * start, 60)]
+    seen = 0
+    for place in places:
+        broken = bytearray(data)
+        broken[place // 8] ^= 1 << place % 8
+        path.write_bytes(broken)
+        try:
+            found = load_tensors(path, tree)
+        except UserError as error:
+            assert str(path) in str(error)
+            seen += place >= 8 * start
+        else:
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert seen == 60
+
+
+def test_damage_names_the_file_and_the_array(tmp_path):
+    path, tree = tmp_path / "w.safetensors", {"a": {"kernel": np.arange(4.0)}}
+    save_tensors(path, tree)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + b"\x01")
+    with pytest.raises(UserError, match=r"w\.safetensors is damaged: 'a/kernel' .* checksum"):
+        load_tensors(path, tree)
+    place = data.index(b'"crc32":"') + 9
+    path.write_bytes(data[:place] + b"x" + data[place + 1 :])
+    with pytest.raises(UserError, match="its checksums were changed"):
+        load_tensors(path, tree)
+    path.write_bytes(data[:-9])
+    with pytest.raises(UserError, match="not a readable"):
+        load_tensors(path, tree)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm_jax.data.decode import WHITE, decode_image
+from ldm_jax.data.decode import WHITE, check_size, decode_image
 from ldm_jax.data.layout import Box, boxes_from_coco, clip_boxes
 from ldm_jax.errors import UserError
 
@@ -134,6 +134,7 @@ def read_classes(path: Path) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             kind, mode = image.format, image.mode
+            check_size(image.size)
             numbers = None
             if kind == "PNG" and (mode in ("1", "L", "P") or mode.startswith("I")):
                 numbers = np.asarray(ImageOps.exif_transpose(image)).astype(np.int32)

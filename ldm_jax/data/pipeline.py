@@ -8,12 +8,14 @@ whole state of the data: a resumed run, or one on another number of hosts, sees 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
+from ldm_jax.data.bad import first_good
 from ldm_jax.data.buckets import Buckets
 from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.order import epoch_order, uniforms_at
@@ -88,13 +90,12 @@ class Batches:
                 epoch, place = divmod(position, len(self._source))
                 indices.append(int(epoch_order(self._seed, epoch, len(self._source))[place]))
         uniforms = uniforms_at(self._seed, first, len(self._part), UNIFORMS)
-        draws = [
-            self._transform.draw(row)._replace(
-                random=Uniforms(self._seed, MADE, first + i), size=size
-            )
-            for i, row in enumerate(uniforms)
-        ]
-        return _make_batch(self._source, self._transform, indices, draws, self._fields)
+
+        def draw(i: int) -> Draw:
+            drawn = self._transform.draw(uniforms[i])
+            return drawn._replace(random=Uniforms(self._seed, MADE, first + i), size=size)
+
+        return _make_batch(self._source, self._transform, indices, draw, self._fields)
 
     def __iter__(self) -> Iterator[Batch]:
         return _iterate(
@@ -112,6 +113,7 @@ def epoch_batches(
     size: tuple[int, int] | None = None,
     flip: bool = False,
     fields: Sequence[str] = (),
+    replace: bool = False,
     threads: int = 4,
     prefetch: int = 2,
     process_index: int = 0,
@@ -122,7 +124,8 @@ def epoch_batches(
     over those at the places `rows`. `size` is (height, width) where it is not the transform's own.
 
     Batches are those of `Batches` and 'valid' (b,) bool. All have the same size: the last one is
-    filled up with copies of the last example, where 'valid' is False.
+    filled up with copies of the last example, where 'valid' is False. Where another example is in
+    the place of a bad one it is so too, unless `replace` says that it counts.
     """
     check_fields(source, fields)
     part = _part(batch_size, process_index, process_count)
@@ -133,10 +136,13 @@ def epoch_batches(
         indices = np.arange(part.start, part.stop) + step * batch_size
         valid = indices < count
         indices = [int(rows[place]) for place in np.minimum(indices, count - 1)]
-        draws = [
-            Draw(flip, random=Uniforms(0, MADE, index), first=True, size=size) for index in indices
-        ]
-        return {**_make_batch(source, transform, indices, draws, fields), "valid": valid}
+
+        def draw(i: int) -> Draw:
+            return Draw(flip, random=Uniforms(0, MADE, indices[i]), first=True, size=size)
+
+        batch = _make_batch(source, transform, indices, draw, fields)
+        good = replace | (batch["index"] == indices)
+        return {**batch, "valid": valid & good}
 
     steps = range(-(-count // batch_size))
     return _iterate(make, steps, threads, prefetch)
@@ -205,24 +211,34 @@ def _make_batch(
     source: Source,
     transform: Transform,
     indices: Sequence[int],
-    draws: Sequence[Draw],
+    draw: Callable[[int], Draw],
     fields: Sequence[str],
 ) -> Batch:
-    examples = [source[index] for index in indices]
-    arrays = []
-    for index, example, draw in zip(indices, examples, draws, strict=True):
+    """Makes a batch of the examples at the places `indices`, or of what is taken for bad ones.
+
+    draw: row of the batch -> its random choices, anew each time.
+    """
+
+    def make(index: int, row: int) -> tuple[dict, dict]:
+        example = source[index]
         try:
-            arrays.append(transform.apply(example, draw))
+            arrays = transform.apply(example, draw(row))
         except UserError as error:  # which does not know whose example it is
             raise UserError(f"{source.name(index)}: {error}") from error
-    batch = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
-    batch["index"] = np.asarray(indices, np.int32)
-    for field in fields:
-        values = [example.get(field) for example in examples]
-        for index, value in zip(indices, values, strict=True):
-            if value is None:
+        for field in fields:
+            if example.get(field) is None:
                 raise UserError(f"{source.name(index)} has no value for the field '{field}'")
-        batch[field] = _field_array(values, field)
+        return {field: example[field] for field in fields}, arrays
+
+    made = [
+        first_good(source, index, functools.partial(make, row=row))
+        for row, index in enumerate(indices)
+    ]
+    rows = [arrays for _, (_, arrays) in made]
+    batch = {name: np.stack([arrays[name] for arrays in rows]) for name in rows[0]}
+    batch["index"] = np.asarray([index for index, _ in made], np.int32)
+    for field in fields:
+        batch[field] = _field_array([values[field] for _, (values, _) in made], field)
     return batch
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from ldm_jax.data.condition_files import read_classes
-from ldm_jax.data.decode import WHITE, decode_image, image_size
+from ldm_jax.data.decode import ANY, WHITE, Limits, decode_image, image_size
 from ldm_jax.data.folder import METADATA, list_folder, read_jsonl
 from ldm_jax.data.latents_index import read_index
 from ldm_jax.data.latents_source import latents_folder
@@ -60,6 +60,7 @@ def open_source(
     where: str = "",
     label: str = "label",
     background: tuple[int, int, int] = WHITE,
+    limits: Limits = ANY,
 ) -> Source:
     """Opens a data set by name.
 
@@ -76,6 +77,7 @@ def open_source(
         label: the metadata column that becomes 'label'; strings are numbered in sorted order, over
             what `where` keeps of all splits. '' for none.
         background: red, green and blue (0..255) that show through transparent pixels.
+        limits: what image files must obey, those of the embedded sets excepted.
 
     Raises:
         UserError: there is no such data, or nothing is left of it.
@@ -92,11 +94,11 @@ def open_source(
             raise UserError(f"scenes cannot be chosen by where='{where}': leave it empty")
         return open_scenes(split)
     if kind == "folder" and rest:
-        return _open_folder(pathlib.Path(rest).expanduser(), background, **choice)
+        return _open_folder(pathlib.Path(rest).expanduser(), background, limits, **choice)
     if kind == "tar" and rest:
-        return open_tar(rest, background, **choice)
+        return open_tar(rest, background, limits, **choice)
     if kind == "tfds" and rest:
-        return TfdsSource(rest, background=background, **choice)
+        return TfdsSource(rest, background=background, limits=limits, **choice)
     if folder := latents_folder(spec):
         images = read_index(folder).made_of.get("data.source")
         raise UserError(
@@ -140,18 +142,18 @@ def _open_emoji(background: tuple[int, int, int], *, label: str, **choice: str) 
 
 
 def _open_folder(
-    root: pathlib.Path, background: tuple[int, int, int], **choice: str
+    root: pathlib.Path, background: tuple[int, int, int], limits: Limits, **choice: str
 ) -> TableSource:
     names, columns, splits = list_folder(root)
 
     def read(name: str) -> np.ndarray:
-        return decode_image(root / name, str(root / name), background)
+        return decode_image(root / name, str(root / name), background, limits)
 
     def read_map(name: str) -> np.ndarray:
         return read_classes(root / name)
 
     def measure(name: str) -> tuple[int, int]:
-        return image_size(root / name, str(root / name))
+        return image_size(root / name, str(root / name), limits)
 
     return select_table(
         names,

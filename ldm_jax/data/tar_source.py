@@ -14,11 +14,11 @@ import re
 
 import numpy as np
 
-from ldm_jax.data.decode import decode_image, image_size
+from ldm_jax.data.decode import ANY, Limits, decode_image, image_size
 from ldm_jax.data.folder import SPLITS
 from ldm_jax.data.table import TableSource, select_table
 from ldm_jax.data.tar_index import INDEX, ShardIndex, open_index
-from ldm_jax.errors import UserError
+from ldm_jax.errors import Unreachable, UserError
 
 OPEN_FILES = 256  # shards that are kept open
 INDEXERS = 16  # shards that are indexed at a time
@@ -50,8 +50,10 @@ def find_shards(spec: str) -> list[pathlib.Path]:
     return list(shards)
 
 
-def open_tar(spec: str, background: tuple[int, int, int], **choice: str) -> TableSource:
-    """Opens tar shards as a `Source`; `choice` is that of `select_table`.
+def open_tar(
+    spec: str, background: tuple[int, int, int], limits: Limits = ANY, **choice: str
+) -> TableSource:
+    """Opens tar shards as a `Source`; `choice` is that of `select_table`, `limits` of the images.
 
     Its columns are those of `ShardIndex` and 'file_name', the shard and the image in it. Where the
     names of at least two kinds of shards say train, val or test (as a word of the path below the
@@ -78,10 +80,10 @@ def open_tar(spec: str, background: tuple[int, int, int], **choice: str) -> Tabl
         return _Section(opened(int(shard_of[row])), int(offsets[row]), int(sizes[row]))
 
     def read(name: str) -> np.ndarray:
-        return decode_image(section(name).readall(), f"{root}/{name}", background)
+        return decode_image(section(name).readall(), f"{root}/{name}", background, limits)
 
     def measure(name: str) -> tuple[int, int]:
-        return image_size(io.BufferedReader(section(name), 4096), f"{root}/{name}")
+        return image_size(io.BufferedReader(section(name), 4096), f"{root}/{name}", limits)
 
     title = f"the shards {spec}"
     return select_table(names, columns, splits, read, title=title, measure=measure, **choice)
@@ -110,7 +112,7 @@ class _Shard:
         try:
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            raise UserError(
+            raise Unreachable(
                 f"cannot read the shard {path} ({error.strerror}): fetch it again"
             ) from error
 
@@ -119,11 +121,11 @@ class _Shard:
         try:
             data = os.pread(self._file, count, offset)
         except OSError as error:
-            raise UserError(
+            raise Unreachable(
                 f"cannot read the shard {self.path} ({error.strerror}): fetch it again"
             ) from error
         if len(data) < count:
-            raise UserError(
+            raise Unreachable(
                 f"the shard {self.path} has become shorter since it was opened: fetch it again"
             )
         return data

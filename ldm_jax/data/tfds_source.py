@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.boxes import boxes_from_tfds
-from ldm_jax.data.decode import decode_image, image_size
+from ldm_jax.data.decode import ANY, Limits, decode_image, image_size
 from ldm_jax.data.table import match_rows, number_labels, parse_where
 from ldm_jax.errors import UserError
 
@@ -29,12 +29,19 @@ class TfdsSource:
     """
 
     def __init__(
-        self, name: str, *, split: str, where: str, label: str, background: tuple[int, int, int]
+        self,
+        name: str,
+        *,
+        split: str,
+        where: str,
+        label: str,
+        background: tuple[int, int, int],
+        limits: Limits = ANY,
     ):
         import tensorflow_datasets as tfds  # takes a while, and only this source needs it
 
         self._title = f"tfds:{name}"
-        self._background = background
+        self._background, self._limits = background, limits
         self._split = split
         self._builder = _find_builder(tfds, name)
         features = self._builder.info.features
@@ -57,7 +64,9 @@ class TfdsSource:
         row = int(self._rows[index])
         example = self._data[row]
         result = {key: _plain(example[key]) for key in self._keys if key != "label"}
-        result["image"] = decode_image(example["image"], self.name(index), self._background)
+        result["image"] = decode_image(
+            example["image"], self.name(index), self._background, self._limits
+        )
         if self._boxes:
             result["boxes"] = boxes_from_tfds(example[self._boxes], *result["image"].shape[:2])
         if self._label:
@@ -70,7 +79,8 @@ class TfdsSource:
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Height and width of an image."""
-        return image_size(self._data[int(self._rows[index])]["image"], self.name(index))
+        image = self._data[int(self._rows[index])]["image"]
+        return image_size(image, self.name(index), self._limits)
 
     def _read_split(self, split: str) -> Any:
         try:

@@ -213,6 +213,7 @@ def _examples(
         -(-settings.batch_size // (shape[0] * shape[1])),
         rows=rows,
         fields=passed_on(fields),
+        replace=True,
         threads=config.data.threads,
     )
     finish = lambda batch, moments: _finish(batch, moments, shape, settings.dtype, embed)  # noqa: E731

@@ -120,6 +120,7 @@ def _encode_rows(
             size=size,
             flip=flip,
             fields=passed_on(names),
+            replace=True,
             threads=config.data.threads,
             process_index=index,
             process_count=processes,

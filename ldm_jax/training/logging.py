@@ -17,6 +17,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
+from ldm_jax.errors import UserError
+
 
 class MetricWriter:
     """Appends scalars to `metrics.jsonl` and to TensorBoard event files; no TensorFlow needed.
@@ -53,11 +55,21 @@ class MetricWriter:
         os.replace(temporary, self._path)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes one line of scalars."""
+        """Writes one line of scalars.
+
+        Raises:
+            UserError: the disk takes no more.
+        """
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step} | scalars) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step} | scalars) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._path} ({error.strerror}): make room or mend the disk, and "
+                "start the same command again, which goes on from the last checkpoint"
+            ) from error
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._events.add_event(
             Event(step=step, wall_time=time.time(), summary=Summary(value=values))
@@ -91,6 +103,7 @@ class Progress:
             desc=stage, initial=start, total=total, disable=not self._terminal, unit="step"
         )
         self._pending: list[dict[str, jax.Array]] = []
+        self._rows: list[dict[str, float]] = []
         self._start, self._start_step = time.perf_counter(), start
         self._mark = self._start
         self._wait_mark = 0.0
@@ -100,22 +113,34 @@ class Progress:
         self._pending.append(metrics)
         self._bar.update()
 
+    def fetch(self) -> list[dict[str, float]]:
+        """Waits for the steps so far; returns the metrics of each that was not fetched before."""
+        rows, self._pending = jax.device_get(self._pending), []
+        rows = [{name: float(value) for name, value in row.items()} for row in rows]
+        self._rows += rows
+        return rows
+
     def report(self, step: int, wait_seconds: float) -> dict[str, float]:
         """Averages, shows and returns the metrics since the last report.
+
+        What was skipped is counted as `skipped`, and is in no average; a metric of which nothing is
+        left is absent.
 
         Args:
             step: steps done.
             wait_seconds: time spent waiting for data since the run began.
         """
-        rows = jax.device_get(self._pending)
-        self._pending = []
-        columns = {key: np.array([row[key] for row in rows], np.float64) for key in rows[0]}
+        self.fetch()
+        rows, self._rows = self._rows, []
+        made = [row for row in rows if not row.get("skipped")]
         scalars = {}
-        for key, column in columns.items():
+        for key in rows[0]:
+            column = np.array([row[key] for row in made])
             if key[-3:-1] == "_q":  # a noise quartile without an example is NaN in its row
                 column = column[~np.isnan(column)]
             if column.size:
                 scalars[key] = float(column.mean())
+        scalars["skipped"] = len(rows) - len(made)
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         waited, self._wait_mark = wait_seconds - self._wait_mark, wait_seconds
@@ -123,10 +148,12 @@ class Progress:
         scalars["data_wait_share"] = waited / seconds
         left = (now - self._start) / (step - self._start_step) * (self._total - step)
         shown = {
-            "loss": f"{scalars['loss']:.4f}",
+            "loss": f"{scalars['loss']:.4f}" if made else "not finite",
             "images/s": f"{scalars['images_per_second']:.0f}",
             "waiting for data": f"{scalars['data_wait_share']:.0%}",
         }
+        if scalars["skipped"]:
+            shown["skipped"] = str(scalars["skipped"])
         self._bar.set_postfix(shown)
         if not self._terminal:
             text = ", ".join(f"{key} {value}" for key, value in shown.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,16 +13,20 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ldm_jax.data.device import to_device
+from ldm_jax import watchdog
+from ldm_jax.data.device import DeviceBatches, to_device
 from ldm_jax.data.pipeline import Batches
-from ldm_jax.errors import UserError
+from ldm_jax.errors import Diverged
 from ldm_jax.training.alarms import Alarms
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.ema import subtree
+from ldm_jax.training.guard import Broken, Skips, guarded
 from ldm_jax.training.interrupt import Interrupted, Interrupts
 from ldm_jax.training.logging import MetricWriter, Progress
+from ldm_jax.training.rollbacks import Rollbacks, choose_step
 from ldm_jax.training.sharding import batch_sharding, on_mesh, put, replicated, state_shardings
-from ldm_jax.training.state import Init, Step, TrainState
+from ldm_jax.training.spikes import Spikes
+from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
 from ldm_jax.training.votes import Votes
 
 
@@ -55,9 +58,11 @@ class Stage:
         start: weights in place of the random ones, by part as in `TrainState.params`; or None.
         picture_at_end: whether the last step is shown too, wherever it falls.
         alarms: averaged metrics -> what is wrong, by name; see `Alarms`.
+        watched: the metric whose spikes are told of, positive where it is not 0.
         snapshot: stores what else is kept of a state; called with (state, step).
         snapshot_every: steps between its calls; it is also called at the last step.
         forget: removes snapshots of later steps; called with the step that training starts from.
+        counts: what is counted beside the steps, to be written with their metrics.
     """
 
     name: str
@@ -70,9 +75,11 @@ class Stage:
     start: Any = None
     picture_at_end: bool = False
     alarms: Callable[[Mapping[str, float]], dict[str, str]] | None = None
+    watched: str = "loss"
     snapshot: Callable[[TrainState, int], None] | None = None
     snapshot_every: int = 1
     forget: Callable[[int], None] | None = None
+    counts: Callable[[], Mapping[str, float]] = dict
 
     def shows(self, step: int) -> bool:
         """Tells whether a step is shown."""
@@ -95,82 +102,175 @@ def fit(
 ) -> TrainState:
     """Trains a stage to its last step, from its newest checkpoint if there is one.
 
-    The state of the data is the step alone: `batches_from(step)` yields the batches from there. The
-    state and the frozen variables are split over the mesh as `state_shardings` says.
+    The state of the data is the step alone, with what `rollbacks.json` says of it:
+    `batches_from(n)` yields the batches from the n-th on. The state and the frozen variables are
+    split over the mesh as `state_shardings` says.
 
     Raises:
         Interrupted: a signal came; the state is saved.
+        Diverged: the training is broken; the checkpoints from before that stay.
     """
-    block, everywhere = stage.block, replicated(mesh)
-    checkpoints = Checkpoints(stage.directory / "checkpoints", block.keep_checkpoints)
-    state = restore_or_init(stage, checkpoints, key, mesh)
-    start = int(state.step)
+    checkpoints = Checkpoints(stage.directory / "checkpoints", stage.block.keep_checkpoints)
+    rollbacks = Rollbacks(stage.directory)
+    votes = Votes(interrupts, mesh)
+    try:
+        state = restore_or_init(stage, checkpoints, key, mesh)
+        update = _update(stage, state, key, mesh)
+        while True:
+            batches = rollbacks.batches(batches_from, int(state.step))
+            batches = to_device(batches, batch_sharding(mesh))
+            try:
+                return _train(stage, state, update, batches, checkpoints, votes)
+            except Broken as broken:
+                _go_back(stage, broken, checkpoints, rollbacks)
+            finally:
+                batches.close()
+            del state  # before there is memory for another
+            state = restore_or_init(stage, checkpoints, key, mesh)
+    finally:
+        with watchdog.phase("save"):
+            checkpoints.close()
+        interrupts.unsaved = False
+
+
+def _update(
+    stage: Stage, state: TrainState, key: jax.Array, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The compiled step of a stage, guarded; the state is donated."""
+    split, everywhere = state_shardings(state, mesh), replicated(mesh)
+    step_key = jax.jit(functools.partial(jax.random.fold_in, key, 1), out_shardings=everywhere)()
+    frozen = put(stage.frozen, state_shardings(stage.frozen, mesh))
+    step_fn = jax.jit(guarded(stage.step), donate_argnums=0, out_shardings=(split, everywhere))
+    step_fn = on_mesh(mesh, step_fn)
+    return watchdog.compiling(lambda state, batch: step_fn(state, frozen, batch, step_key))
+
+
+def _train(
+    stage: Stage,
+    state: TrainState,
+    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: DeviceBatches,
+    checkpoints: Checkpoints,
+    votes: Votes,
+) -> TrainState:
+    """Trains from a state to the last step.
+
+    Raises:
+        Broken: the training is; all checkpoints are from before that was seen.
+    """
+    block, start = stage.block, int(state.step)
     if stage.forget:
         stage.forget(start)
     writer = MetricWriter(stage.directory, start)
     progress = Progress(stage.name, start, block.steps, block.batch_size)
-    votes = Votes(interrupts, mesh)
     alarms = Alarms(stage.name, stage.alarms, progress.say) if stage.alarms else None
-    step_key = jax.jit(functools.partial(jax.random.fold_in, key, 1), out_shardings=everywhere)()
-    frozen = put(stage.frozen, state_shardings(stage.frozen, mesh))
-    split = state_shardings(state, mesh)
-    step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(split, everywhere))
-    step_fn = on_mesh(mesh, step_fn)
-    batches = to_device(batches_from(start), batch_sharding(mesh))
+    watch = _Watch(stage, start, progress.say)
     try:
-        for step in range(start + 1, block.steps + 1):
-            state, metrics = step_fn(state, frozen, next(batches), step_key)
+        for step in watchdog.steps(range(start + 1, block.steps + 1)):
+            state, metrics = update(state, next(batches))
             progress.step(metrics)
             stop = votes()
             last = stop or step == block.steps
-            saved = last or step % block.checkpoint_every == 0
-            if saved or step % block.log_every == 0 or stage.keeps(step):
-                check_finite(stage, step, metrics)
-            if last or step % block.log_every == 0:
-                scalars = progress.report(step, batches.wait_seconds)
+            # A signal need not wait for the end of a picture, which may take long.
+            saved = last or step % block.checkpoint_every == 0 or stage.shows(step)
+            logged = last or step % block.log_every == 0
+            if saved or logged or stage.keeps(step):
+                # Before anything of this step is stored.
+                watch.check(step, progress.fetch())
+            if logged:
+                scalars = progress.report(step, batches.wait_seconds) | stage.counts()
                 if alarms:
                     scalars["alarms"] = alarms.check(step, scalars)
                 writer.write(step, scalars)
             if stage.keeps(step):
                 # Before the checkpoint, after which nobody would come back to write it.
-                stage.snapshot(state, step)
+                with watchdog.phase("save"):
+                    stage.snapshot(state, step)
             if saved:
-                checkpoints.save(state)
+                watch.store(step)
+                with watchdog.phase("save"):
+                    checkpoints.save(state)
             if stop:
-                checkpoints.wait()
+                with watchdog.phase("save"):
+                    checkpoints.wait()
                 raise Interrupted(
                     f"saved {stage.name} at step {step} of {block.steps}; "
                     "the same command goes on from here"
                 )
             if stage.shows(step) and step < block.steps:
                 # Given up for a signal, which the next step sees too, and then saves.
-                with contextlib.suppress(Interrupted), progress.pause():
-                    show(stage.name, step, stage.picture(state, step), writer, progress)
+                given_up = contextlib.suppress(Interrupted)
+                with given_up, progress.pause(), watchdog.phase("picture"):
+                    checkpoints.wait()
+                    with votes.interrupts.saved():
+                        show(stage.name, step, stage.picture(state, step), writer, progress)
         # Not in the loop: a run that was stopped here resumes after its last step.
         if stage.shows(block.steps):
-            show(stage.name, block.steps, stage.picture(state, block.steps), writer, progress)
+            with watchdog.phase("picture"):
+                checkpoints.wait()
+                with votes.interrupts.saved():
+                    picture = stage.picture(state, block.steps)
+                    show(stage.name, block.steps, picture, writer, progress)
     finally:
-        batches.close()
         progress.close()
         writer.close()
-        checkpoints.close()
     return state
 
 
-def check_finite(stage: Stage, step: int, metrics: Mapping[str, jax.Array]) -> None:
-    """Ends a run whose loss or gradient is no number any more, before it is saved.
+class _Watch:
+    """Looks at the metrics of every step for what breaks a training."""
+
+    def __init__(self, stage: Stage, start: int, say: Callable[[str], None]) -> None:
+        block, path = stage.block, stage.directory / "spikes.json"
+        self._skips = Skips(stage.name, block.max_skipped, say)
+        self._spikes = Spikes(
+            stage.name, stage.watched, block.spike_factor, block.spike_window, path, start, say
+        )
+        self._rollback, self._keep = block.rollback, block.keep_checkpoints + 1
+
+    def check(self, step: int, rows: list[dict[str, float]]) -> None:
+        """Looks at the steps up to `step`; raises Broken if the run cannot go on from here."""
+        self._skips.check(step, rows)
+        found = self._spikes.check(step, rows)
+        if found and self._rollback:
+            begin, end = found[0]
+            raise Broken(f"the loss rose at steps {begin} to {end}", begin, end)
+
+    def store(self, step: int) -> None:
+        """Stores what is needed to go on from a step."""
+        self._spikes.store(step, self._keep)
+
+
+def _go_back(stage: Stage, broken: Broken, checkpoints: Checkpoints, rollbacks: Rollbacks) -> None:
+    """Sets a stage back to before it broke, with other data from there on, if its config says so.
 
     Raises:
-        UserError: one of them is not finite.
+        Diverged: it does not, or has done so as often as it may.
     """
-    for name in ("loss", "grad_norm"):
-        value = float(metrics[name]) if name in metrics else 0.0
-        if not math.isfinite(value):
-            raise UserError(
-                f"{stage.name}: {name} is {value} at step {step}; nothing of it was saved: lower "
-                "the learning rate (train.lr) or set train.grad_clip, and start the command again, "
-                "which goes on from the last checkpoint"
-            )
+    block = stage.block
+    advice = (
+        f"no broken state is in {checkpoints.directory}: lower this stage's train.lr or set its "
+        "train.grad_clip, and start again with --allow_config_change"
+    )
+    if not block.rollback:
+        raise Diverged(
+            f"{stage.name}: {broken}; {advice}; or set its train.rollback=True, to go on from an "
+            "older checkpoint without the data that led there"
+        ) from broken
+    if rollbacks.count >= block.max_rollbacks:
+        raise Diverged(
+            f"{stage.name}: {broken}, after it went back {rollbacks.count} times; {advice}"
+        ) from broken
+    checkpoints.wait()
+    to_step = choose_step(checkpoints.all_steps(), broken.begin)
+    # Until the file is written, the run would go on from there with the same data, and break again.
+    checkpoints.remove_after(to_step)
+    first, last = rollbacks.add(broken.step, to_step)
+    print(
+        f"{stage.name}: {broken}; going back to step {to_step}, and on without batches {first} to "
+        f"{last} ({rollbacks.count} of at most {block.max_rollbacks} times)",
+        flush=True,
+    )
 
 
 def show(name: str, step: int, picture: Picture, writer: MetricWriter, progress: Progress) -> None:
@@ -189,7 +289,10 @@ def restore_or_init(
     init = functools.partial(stage.init, jax.random.fold_in(key, 0))
     abstract = jax.eval_shape(init)
     split = state_shardings(abstract, mesh)
-    if checkpoints.latest_step() is None:
+    newest = checkpoints.latest_step()
+    if newest != stage.block.steps:  # else there is nothing to save any more
+        checkpoints.check_room(abstract)
+    if newest is None:
         # It runs once: on a CPU, optimising its code takes longer than running it.
         on_cpu = jax.default_backend() == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else None

@@ -21,7 +21,7 @@ class Votes:
     """Called after each step, by all hosts; tells whether to stop, the same on each of them."""
 
     def __init__(self, interrupts: Interrupts, mesh: jax.sharding.Mesh) -> None:
-        self._interrupts, self._pending = interrupts, collections.deque()
+        self.interrupts, self._pending = interrupts, collections.deque()
         self._alone, self._size = jax.process_count() == 1, mesh.size
         self._split = NamedSharding(mesh, PartitionSpec(AXES))
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
@@ -29,7 +29,7 @@ class Votes:
     def __call__(self) -> bool:
         """Whether a signal came to any host by LAG steps ago; of a single host, by now."""
         # Read once: a signal that comes while this step is written stops after the next one.
-        requested = self._interrupts.requested
+        requested, self.interrupts.unsaved = self.interrupts.requested, True
         if self._alone:
             return requested
         vote = lambda index: np.array([requested])  # noqa: E731

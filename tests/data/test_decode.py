@@ -1,12 +1,18 @@
+import errno
 import io
 import pathlib
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from ldm_jax.data.decode import decode_image
-from ldm_jax.errors import UserError
+from ldm_jax.data.decode import MOST_PIXELS, Limits, decode_image, image_size
+from ldm_jax.errors import Unreachable, UserError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -116,8 +122,74 @@ def test_a_missing_file_is_a_user_error(tmp_path: pathlib.Path):
         decode_image(tmp_path / "gone.png", "gone.png")
 
 
-def test_a_decompression_bomb_is_a_user_error(monkeypatch):
-    data = encode(Image.fromarray(ramp(40, 40)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match=r"big\.png"):
-        decode_image(data, "big.png")
+def bomb(side):
+    """A PNG that says it is large, in 67 bytes."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # see the next test
+@pytest.mark.parametrize("side", [10_001, 13_300, 60_000])
+def test_a_decompression_bomb_is_refused_by_its_header(side):
+    for function in (decode_image, image_size):
+        tracemalloc.start()
+        with pytest.raises(UserError, match=r"big\.png \(it has .* pixels") as caught:
+            function(bomb(side), "big.png")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert "100000000" in str(caught.value)
+        assert peak < 10**6
+    assert MOST_PIXELS == 178_956_970  # as checks.py has it, which imports no Pillow
+
+
+def test_pillow_does_not_warn_of_what_may_be():
+    """In a process of its own: pytest puts its own filters in place."""
+    code = (
+        "import sys; from ldm_jax.data.decode import image_size, Limits\n"
+        "print(image_size(sys.stdin.buffer.read(), 'a', Limits(max_pixels=170_000_000)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=bomb(13_000), capture_output=True)
+    assert (done.stdout, done.stderr) == (b"(13000, 13000)\n", b"")
+
+
+def test_limits_hold_for_both_ways_of_reading():
+    data = encode(Image.fromarray(ramp(6, 9)))
+    for function in (decode_image, image_size):
+        function(data, "a", limits=Limits(6, 54))
+        with pytest.raises(UserError, match=r"a \(it has 9x6 pixels.* at least 7\): repair"):
+            function(data, "a", limits=Limits(min_side=7))
+        with pytest.raises(UserError, match=r"a \(it has 9x6 pixels, but at most 53 may be\)"):
+            function(data, "a", limits=Limits(max_pixels=53))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt", "a"])
+def test_the_content_says_what_a_file_is(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(encode(Image.fromarray(ramp())))
+    np.testing.assert_array_equal(decode_image(path, name), ramp())
+
+
+def test_programs_are_not_started_to_read_a_picture(tmp_path):
+    encapsulated = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(UserError, match="cannot identify"):
+        decode_image(encapsulated, "a.png")
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "BMP", "GIF", "JPEG", "PPM", "TGA", "TIFF", "WEBP"])
+def test_every_kind_that_a_folder_lists_is_read(kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    assert decode_image(encode(Image.new("RGB", (9, 8)), kind), "a").shape == (8, 9, 3)
+
+
+def test_what_the_file_system_does_not_give_is_not_called_an_image(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(Unreachable, match=r"cannot read the image a\.png \(.*Input/output error"):
+        decode_image(tmp_path / "a.png", "a.png")

@@ -9,6 +9,7 @@ import pytest
 from ldm_jax import tensors
 from ldm_jax.errors import UserError
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
+from ldm_jax.training.checkpoint_files import restore_newest
 from ldm_jax.training.sharding import make_mesh, replicated
 from ldm_jax.training.state import TrainState
 
@@ -34,10 +35,10 @@ def test_round_trip_and_retention(tmp_path):
     abstract = abstract_like(jax.eval_shape(lambda: make_state(0)), sharding)
     assert_equal(checkpoints.restore(abstract), make_state(3))
     assert_equal(checkpoints.restore(abstract, step=2), make_state(2))
-    step, items = checkpoints.restore_items(
-        {"ema_params.denoiser": abstract.ema_params["denoiser"]}
+    step, items, damaged = restore_newest(
+        tmp_path, {"ema_params.denoiser": abstract.ema_params["denoiser"]}
     )
-    assert step == 3
+    assert (step, damaged) == (3, [])
     assert_equal(items["ema_params.denoiser"], make_state(3).ema_params["denoiser"])
     checkpoints.close()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["2", "3"]
@@ -53,7 +54,7 @@ def test_no_checkpoint_and_another_shape_are_refused(tmp_path):
     checkpoints.wait()
     wrong = {"denoiser": {"w": jax.ShapeDtypeStruct((5, 5), jnp.float32, sharding=sharding)}}
     with pytest.raises(UserError, match="does not fit"):
-        checkpoints.restore_items({"ema_params.denoiser": wrong["denoiser"]})
+        restore_newest(tmp_path, {"ema_params.denoiser": wrong["denoiser"]})
     checkpoints.close()
 
 
