@@ -40,6 +40,7 @@ _AT_LEAST_ZERO = {
     "decay_steps",
     "grad_clip",
     "picture_every",
+    "fid_every",
     "stats_images",
     "stages",
     "num_heads",

@@ -11,7 +11,7 @@ WINDOWS = (10, 10_000)
 
 
 def check_training(c: ConfigDict) -> None:
-    """Checks how spikes of the loss are found.
+    """Checks how spikes of the loss are found, and how many samples are measured.
 
     Raises:
         UserError: a value that cannot work, by its key.
@@ -28,3 +28,5 @@ def check_training(c: ConfigDict) -> None:
                 f"config.{name}.spike_window is {block.spike_window}, but must be from "
                 f"{WINDOWS[0]} to {WINDOWS[1]}"
             )
+    if c.train.fid_samples < 2:
+        raise UserError(f"config.train.fid_samples is {c.train.fid_samples}, but must be at least 2")

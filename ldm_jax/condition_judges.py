@@ -21,12 +21,10 @@ from flax import serialization
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ldm_jax.data import tar_source
 from ldm_jax.data.draws import Uniforms
-from ldm_jax.data.folder import fingerprint
 from ldm_jax.data.layout import Box, decode_layout, slots
 from ldm_jax.errors import UserError
-from ldm_jax.held_out import Examples
+from ldm_jax.held_out import Examples, fingerprint
 from ldm_jax.metrics import consistency
 from ldm_jax.metrics import judge_networks as networks
 
@@ -77,10 +75,8 @@ def _digest(kind: str, config: ConfigDict) -> str:
     said |= {"kind": kind, "version": VERSION, "steps": STEPS[kind], "images": IMAGES}
     said |= {"classes": [config.label.num_classes, config.segmentation.num_classes]}
     said |= {"layout": [config.layout.length, config.layout.vocab_size]}
-    if config.data.source.startswith("folder:"):  # other images there make another judge
-        said |= {"files": fingerprint(pathlib.Path(config.data.source[7:]).expanduser())}
-    if config.data.source.startswith("tar:"):
-        said |= {"files": tar_source.fingerprint(config.data.source[4:])}
+    if files := fingerprint(config.data.source):  # other images there make another judge
+        said |= {"files": files}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

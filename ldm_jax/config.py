@@ -94,6 +94,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         block.update(batch_size=8, steps=steps, warmup_steps=min(block.warmup_steps, 1))
         block.update(log_every=1, picture_every=2, checkpoint_every=2)
     c.classifier.train.picture_every = 0  # there is nothing to show
+    c.train.fid_every = 0  # it needs trained weights of another network
     c.sample.update(steps=2, batch_size=8, num_samples=8)
     c.ema_snapshots.every = 1
     return ConfigDict(c).lock()

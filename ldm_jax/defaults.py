@@ -241,6 +241,13 @@ def get_config() -> ConfigDict:
             train=_train_block(
                 lr=9.6e-5,
                 weight_decay=0.01,
+                # Steps between measurements of the FID of samples by the averaged weights, by
+                # sample.*, of which WORKDIR/best keeps the best model; 0 = none
+                fid_every=0,
+                fid_samples=1000,  # how many, at least 2: few are biased, but good to compare steps
+                # Of the real images: '' = training images, at most 10,000; or an .npz file, as
+                # `ldm_jax.evaluate --write_reference` writes it
+                fid_reference="",
             ),
             ema_decay=0.9999,  # of the denoiser's weights, reached by min(decay, (1+n)/(10+n))
             ema_snapshots=dict(  # other averages of denoiser and conditioner, stored in WORKDIR/ema

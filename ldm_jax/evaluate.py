@@ -125,7 +125,7 @@ def main() -> None:
 def _reconstruction(root: pathlib.Path, out: pathlib.Path) -> str:
     """Evaluates the first stage; says what was written."""
     from ldm_jax import images
-    from ldm_jax.report import evaluate_first_stage, write_record
+    from ldm_jax.records import evaluate_first_stage, write_record
 
     found, record = evaluate_first_stage(
         root,
@@ -148,7 +148,7 @@ def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
     """Evaluates samples; says what was written."""
     from ldm_jax import condition_sheet, images
     from ldm_jax.obedience import Request, evaluate_conditions
-    from ldm_jax.report import write_record
+    from ldm_jax.records import write_record
 
     request = Request(
         source=_SOURCE.value,
@@ -172,7 +172,7 @@ def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
 def _likelihood(root: pathlib.Path, out: pathlib.Path) -> str:
     """Evaluates held-out images; says what was written."""
     from ldm_jax.likelihoods import Request, evaluate_likelihood
-    from ldm_jax.report import write_record
+    from ldm_jax.records import write_record
 
     request = Request(
         source=_SOURCE.value,

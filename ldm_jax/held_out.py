@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
+from ldm_jax.data import folder, tar_source
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.order import epoch_order
 from ldm_jax.data.pipeline import epoch_batches
@@ -65,26 +67,88 @@ def choose_data(config: ConfigDict, source: str, split: str) -> tuple[ConfigDict
     return config, split or config.first_stage.eval.split or config.data.split
 
 
-def read_examples(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    split: str,
-    count: int = 0,
-    names: Sequence[str] | None = None,
-    reduce: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
-) -> Examples:
-    """Reads `count` examples (0: all) of a split of the config's data, drawn evenly from all of it.
+@dataclasses.dataclass(frozen=True)
+class ExampleReader:
+    """An opened split of a data set, of which some examples are read at a time.
 
-    The draw is the same every time; the examples are in the order of the source.
+    Attributes:
+        config: of the model, with the data to read and the fields that are made of them.
+        workdir: of the model.
+        source: of all examples.
+        captioned: whether the model reads texts.
+        map_classes: see `Examples`.
+    """
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    source: Source
+    captioned: bool
+    map_classes: tuple[int, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def only(self, rows: Sequence[int]) -> ExampleReader:
+        """A reader of the examples at these places alone, which become 0, 1, 2, ..."""
+        return dataclasses.replace(self, source=_Chosen(self.source, rows))
+
+    def read(
+        self,
+        rows: Sequence[int],
+        reduce: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+    ) -> Examples:
+        """Reads the examples at the places `rows`, which may come more than once.
+
+        What is drawn for an example, such as its hole, follows from its place.
+
+        Args:
+            rows: places in the source, at least one.
+            reduce: what is kept of the arrays (B, ...) of some examples, as soon as they are read.
+
+        Raises:
+            UserError: an example cannot be read, or a field of it is missing.
+        """
+        config, source = self.config, self.source
+        read = CaptionedSource(source, config.data.caption, _first) if self.captioned else source
+        parts = [
+            (reduce or dict)({name: array[batch["valid"]] for name, array in batch.items()})
+            for batch in epoch_batches(
+                read,
+                _WithoutMasked(task_transform(config)),
+                _BATCH_SIZE,
+                rows=rows,
+                fields=(*passed_on(config.data.fields), *(("tokens",) if self.captioned else ())),
+                threads=config.data.threads,
+            )
+        ]
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        captions: list[str] = []
+        if self.captioned:
+            captions = arrays["tokens"][:, 0].tolist()
+            arrays["tokens"] = files.training_tokenizer(self.workdir, config)[0](captions)
+        return Examples(
+            arrays["image"],
+            {name: arrays[name] for name in arrays if name not in ("image", "index", "valid")},
+            tuple(captions),
+            tuple(source.name(i) for i in rows),
+            source.label_names,
+            source.num_labels,
+            self.map_classes if "segmentation" in arrays else None,
+            getattr(source, "segmentation_ground", None),
+        )
+
+
+def open_examples(
+    config: ConfigDict, workdir: pathlib.Path, split: str, names: Sequence[str] | None = None
+) -> ExampleReader:
+    """Opens a split of the config's data.
 
     Args:
         config: of the model, with the data to read.
         workdir: of the model.
         split: of the data.
-        count: how many; 0 for all.
         names: of the model's classes, of which the data's are found by name where they have any;
             None takes the data's numbers as they are.
-        reduce: what is kept of the arrays (B, ...) of some examples, as soon as they are read.
 
     Raises:
         UserError: no such data, a field that the model needs is missing, or the data have a class
@@ -92,7 +156,6 @@ def read_examples(
     """
     config = ConfigDict(config).copy_and_resolve_references()
     fields = [field for part in config.conditioners for field in config_lib.FIELDS[part]]
-    captioned = "tokens" in fields
     config.data.split, config.data.low_res.noise = split, 0.0
     made = tuple(field for field in fields if field not in ("tokens", "noise_level"))
     config.data.fields = made if fields else UNCONDITIONAL
@@ -104,34 +167,47 @@ def read_examples(
     if classes is not None and "boxes" in fields and "segmentation" not in fields:
         config.data.fields += ("segmentation",)
         config.segmentation.num_classes = len(source.segmentation_names)
-    rows = np.sort(epoch_order(0, 0, len(source))[: count or len(source)]).tolist()
-    chosen = _Chosen(source, rows)
-    read = CaptionedSource(chosen, config.data.caption, _first) if captioned else chosen
-    parts = [
-        (reduce or dict)({name: array[batch["valid"]] for name, array in batch.items()})
-        for batch in epoch_batches(
-            read,
-            _WithoutMasked(task_transform(config)),
-            _BATCH_SIZE,
-            fields=(*passed_on(config.data.fields), *(("tokens",) if captioned else ())),
-            threads=config.data.threads,
-        )
-    ]
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    captions: list[str] = []
-    if captioned:
-        captions = arrays["tokens"][:, 0].tolist()
-        arrays["tokens"] = files.training_tokenizer(workdir, config)[0](captions)
-    return Examples(
-        arrays["image"],
-        {name: arrays[name] for name in arrays if name not in ("image", "index", "valid")},
-        tuple(captions),
-        tuple(chosen.name(i) for i in range(len(chosen))),
-        source.label_names,
-        source.num_labels,
-        classes if "segmentation" in arrays else None,
-        getattr(source, "segmentation_ground", None),
-    )
+    return ExampleReader(config, workdir, source, "tokens" in fields, classes)
+
+
+def read_examples(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    split: str,
+    count: int = 0,
+    names: Sequence[str] | None = None,
+    reduce: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+) -> Examples:
+    """Reads `count` examples (0: all) of a split of the config's data, drawn evenly from all of it.
+
+    The draw is the same every time; the examples are in the order of the source. The other
+    arguments are those of `open_examples` and `ExampleReader.read`, which raise UserError.
+    """
+    reader = open_examples(config, workdir, split, names)
+    rows = np.sort(epoch_order(0, 0, len(reader))[: count or len(reader)]).tolist()
+    return reader.only(rows).read(range(len(rows)), reduce)
+
+
+def choose_rows(seed: int, start: int, count: int, total: int) -> list[int]:
+    """Places in a source of `total` examples, drawn without putting back, epoch after epoch.
+
+    The n-th draw is a function of seed and n alone.
+
+    Args:
+        seed: of the draw.
+        start: number of the first draw that is wanted.
+        count: of draws.
+        total: of examples.
+    """
+    draws = (divmod(number, total) for number in range(start, start + count))
+    return [int(epoch_order(seed, epoch, total)[place]) for epoch, place in draws]
+
+
+def fingerprint(spec: str) -> str:
+    """Tells whether a source's files are others than before; '' where it has none of its own."""
+    if spec.startswith("folder:"):
+        return folder.fingerprint(pathlib.Path(spec[7:]).expanduser())
+    return tar_source.fingerprint(spec[4:]) if spec.startswith("tar:") else ""
 
 
 def count_trained(config: ConfigDict, names: Sequence[str], split: str) -> int:
@@ -171,6 +247,7 @@ class _Chosen:
         self._source, self._rows = source, rows
         self.columns = source.columns
         self.label_names, self.num_labels = source.label_names, source.num_labels
+        self.segmentation_ground = getattr(source, "segmentation_ground", None)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -38,7 +39,7 @@ def samples(config: ConfigDict, source: Source, pipe: Pipeline) -> np.ndarray:
         # Sorted, so that a row of the grid shows one class.
         condition = {"label": sorted(i % classes for i in range(count))}
     elif fields:
-        condition = _conditions(config, source, count)
+        condition = conditions(config, source, [i % len(source) for i in range(count)])
     return pipe.sample(range(count), condition)
 
 
@@ -71,19 +72,24 @@ def final_pictures(
     return paths
 
 
-def _conditions(config: ConfigDict, source: Source, count: int) -> dict[str, np.ndarray]:
-    """The conditions of the data's first examples, over and over if there are too few."""
+def conditions(
+    config: ConfigDict, source: Source, rows: Sequence[int]
+) -> dict[str, np.ndarray] | None:
+    """The conditions of the data's examples at `rows`, by field, (N, ...) each; None where the
+    model has no condition."""
     fields = tuple(specify(config))
+    if not fields:
+        return None
     batches = epoch_batches(
         source,
         latents.task_transform(config),
-        min(count, len(source)),
-        count=count,
+        len(rows),
+        rows=rows,
         fields=passed_on(fields),
         threads=config.data.threads,
     )
     (batch,) = batches
-    return {name: batch[name][np.arange(count) % len(batch[name])] for name in fields}
+    return {name: batch[name] for name in fields}
 
 
 def _examples(config: ConfigDict, source: Source, count: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def random_inputs(tree: Any) -> Any:
 
     def make(leaf: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return put(jax.random.key(0), leaf.sharding)
+            return jax.jit(lambda: jax.random.key(0), out_shardings=leaf.sharding)()
         if leaf.dtype == jnp.uint8:
             return _like(rng.integers(0, 256, leaf.shape, np.uint8), leaf)
         if jnp.issubdtype(leaf.dtype, jnp.integer):

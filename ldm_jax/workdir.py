@@ -12,6 +12,8 @@ workdir/
   classifier/            weights.safetensors of noisy latents, and the files of its own training
   checkpoints/<step>/    of the diffusion model
   ema/                   averages of the weights kept along the run, and what `ema` makes of them
+  best/                  the model of the step with the best FID, if config.train.fid_every asks
+  progress/              the statistics of real images that this is measured with
   samples/               grids
   evaluation/            what `evaluate` writes; reconstructions/ is of `reconstruct`
   metrics.jsonl, events.out.tfevents.*, parameters.txt
@@ -229,18 +231,19 @@ def save_model(
     step: int = 0,
     label_names: Sequence[str] | None = None,
     tokenizer: pathlib.Path | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a whole model so that `load` reads it, tensor by tensor.
 
     `weights` has 'first_stage', 'denoiser', 'conditioner' and 'classifier', as in
-    `Pipeline.variables`, or some of them. The config comes last: without it, a folder whose writing
+    `Pipeline.variables`, or some of them; `metadata` is stored with the denoiser's. The config comes last: without it, a folder whose writing
     was interrupted is no workdir.
     """
     if "first_stage" in weights:
         save_first_stage(workdir / "first_stage", config, weights["first_stage"])
     parts = {name: weights[name] for name in ("denoiser", "conditioner") if name in weights}
     if parts:
-        tensors.save_tensors(workdir / WEIGHTS, parts, {"step": str(step)})
+        tensors.save_tensors(workdir / WEIGHTS, parts, {"step": str(step)} | dict(metadata or {}))
     if "classifier" in weights:
         save_classifier(workdir, weights["classifier"])
     if label_names:

@@ -19,7 +19,7 @@ from ldm_jax.first_stage import lpips as lpips_module
 from ldm_jax.images import to_float
 from ldm_jax.judges import first_stage_judges
 from ldm_jax.metrics.reconstruction import psnr
-from ldm_jax.report import evaluate_first_stage
+from ldm_jax.records import evaluate_first_stage
 from ldm_jax.run import run
 from ldm_jax.training.state import TrainState
 from ldm_jax.weights import FILES, load_lpips

@@ -18,7 +18,7 @@ from ldm_jax.diffusion.schedule import make_schedule
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.identity import Identity
 from ldm_jax.likelihoods import Request, evaluate_likelihood
-from ldm_jax.report import write_record
+from ldm_jax.records import write_record
 from ldm_jax.training.steps import diffusion_functions
 
 # Of every kind that needs something made for it: maps, small images, holes, a vector.

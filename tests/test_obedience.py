@@ -24,7 +24,7 @@ from ldm_jax.images import encode_png
 from ldm_jax.metrics.consistency import derangement
 from ldm_jax.obedience import Request, evaluate_conditions
 from ldm_jax.perceptual import load_perceptual
-from ldm_jax.report import write_record
+from ldm_jax.records import write_record
 from ldm_jax.training.steps import diffusion_functions
 from ldm_jax.weights import FILES
 

@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT to real trainings: exit code 75, no step lost, and the run ends the same."""
 
+import contextlib
 import json
 import os
 import random
@@ -33,6 +34,7 @@ def get_config(folder):
     c.sample.update(steps=2, batch_size=8, num_samples=8, nearest=True)
     return c
 """
+HEARD = re.compile(r"(SIG\w+: \w+) ")
 STEP = re.compile(r"(first stage|diffusion): step (\d+)/")
 
 
@@ -118,22 +120,21 @@ def test_signals_at_random_times(arguments, tmp_path):
 
     Prints what docs/reliability.md says: the seconds from the signal to the end of the process.
     """
-    begin = time.perf_counter()
     straight = start(arguments, tmp_path / "straight")
     assert straight.communicate(timeout=1800) and straight.returncode == 0
-    usual = time.perf_counter() - begin
-    choose, ended, trial, done, reached = random.Random(0), [], 0, 0, {}
+    choose, ended, trial, done, reached, usual = random.Random(0), [], 0, 0, {}, 60.0
     while trial < 20 or not done:
         workdir = tmp_path / f"run-{done}"
         process = start(arguments, workdir)
         wait_until_it_listens(process)
+        begin = time.perf_counter()
         if trial < 20:
-            time.sleep(choose.uniform(0, 0.7 * usual))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(choose.uniform(0, usual))
             when = time.perf_counter()
             for number in choose.choices((signal.SIGTERM, signal.SIGINT), k=2):
                 process.send_signal(number)
         out, err = process.communicate(timeout=1800)
-        trial += 1
         for stage, step in re.findall(r"(first stage|diffusion): resuming at step (\d+) from", out):
             # No step that was shown is lost, and a stopped one is where it said.
             assert int(step) >= reached.get(stage, 0), (trial, out, err)
@@ -142,21 +143,23 @@ def test_signals_at_random_times(arguments, tmp_path):
             assert reached[stage] == int(step)
         if process.returncode == 0:
             assert "Done in" in out
-            reached, done = {}, done + 1
+            # The machine may be slower or faster than before.
+            reached, done, usual = {}, done + 1, min(usual, time.perf_counter() - begin)
         else:
             assert process.returncode == 75, (trial, out, err)
+            trial += 1
             ended.append(time.perf_counter() - when)
             shown = (out.strip() or "nothing yet").splitlines()[-1][:70]
-            print(f"trial {trial}: {ended[-1]:.2f} s, {err.split()[0]} after: {shown}")
+            print(f"trial {trial}: {ended[-1]:.2f} s, {HEARD.search(err)[1]} after: {shown}")
         assert not (workdir / NAME).exists()
     print(f"{len(ended)} stopped, {done} done: median {np.median(ended):.2f} s, {max(ended):.2f} s")
-    for name in ("first_stage/weights.safetensors", "samples/final.png"):
-        expected = (tmp_path / "straight" / name).read_bytes()
-        assert (tmp_path / "run-0" / name).read_bytes() == expected
-    rows = [
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()]
-        for run in ("straight", "run-0")
-    ]
-    assert [[row[key] for key in ("step", "loss")] for row in rows[0]] == [
-        [row[key] for key in ("step", "loss")] for row in rows[1]
-    ]
+    runs = [tmp_path / name for name in ("straight", *(f"run-{i}" for i in range(done)))]
+    for run in runs:
+        for name in ("first_stage/weights.safetensors", "samples/final.png"):
+            assert (run / name).read_bytes() == (runs[0] / name).read_bytes()
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        assert [row["step"] for row in rows] == list(range(1, 151))
+        losses = [row["loss"] for row in rows]
+        if run == runs[0]:
+            expected = losses
+        assert losses == expected

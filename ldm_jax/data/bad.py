@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -72,19 +72,24 @@ class TolerantSource:
             UserError: there are too many bad ones.
             Unreachable: a file system failed, which says nothing of the example.
         """
-        random, place = Uniforms(0, _STREAM, index), index
-        for _ in range(_TRIES):
+        for place in self._places(index):
             try:
                 return place, make(place)
             except Unreachable:
                 raise
             except UserError as error:
                 self._note(place, error)
-            place = random.integer(0, len(self) - 1)
         raise UserError(
             f"there is no good example in place of {self.name(index)} among {_TRIES}: see "
             f"{self._path}"
         )
+
+    def _places(self, index: int) -> Iterator[int]:
+        """`index`, and those that may be taken in its place, in their order."""
+        yield index
+        random = Uniforms(0, _STREAM, index)
+        for _ in range(_TRIES):
+            yield random.integer(0, len(self) - 1)
 
     def _note(self, index: int, error: UserError) -> None:
         name, reason = _printable(self.name(index)), _printable(str(error))

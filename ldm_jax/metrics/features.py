@@ -149,18 +149,20 @@ def _fetch(count: int, found: dict[str, Array]) -> Features:
     return {key: np.asarray(array)[:count] for key, array in found.items()}
 
 
-def check_images(images: np.ndarray) -> None:
-    """Checks that images are (B, H, W, 3) uint8.
+def check_images(images: np.ndarray | Sequence[np.ndarray]) -> None:
+    """Checks that images are (B, H, W, 3) uint8, or (H, W, 3) each, of one size.
 
     Raises:
         UserError: grey images, an alpha channel, sizes that differ, or values that are no levels.
     """
-    images = images if isinstance(images, np.ndarray) else np.asarray(images, object)
-    if images.dtype == object:
-        raise UserError(
-            "the images are not all of one size: a distance between sets needs one, so crop and "
-            "resize them alike"
-        )
+    if not isinstance(images, np.ndarray):
+        shapes = sorted({np.shape(image) for image in images})
+        if len(shapes) > 1:
+            sizes = " and ".join("x".join(map(str, shape)) for shape in shapes[:2])
+            raise UserError(
+                f"the images are not all of one size, but {sizes}: crop and resize them alike"
+            )
+        images = np.asarray(images)
     if images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1):
         raise UserError(
             f"expected images (B, H, W, 3), got {images.shape}: grey images must be repeated to "
@@ -197,17 +199,45 @@ def prepare_inception(images: Array, resize: str) -> Array:
     if resize == "tensorflow":
         levels = resize_bilinear(levels, half_pixel=False)
     else:
-        shape = (levels.shape[0], SIZE, SIZE, 3)
-        levels = jax.image.resize(levels, shape, "cubic", antialias=True, precision=PRECISION)
-        levels = jnp.clip(levels, 0, 255)
+        levels = jnp.clip(resize_bicubic(levels, SIZE, SIZE), 0, 255)
     return levels / 256  # which the network maps to (level - 128) / 128
+
+
+def resize_bicubic(images: Array, height: int, width: int) -> Array:
+    """Resizes (B, H, W, C) to (B, height, width, C), antialiased as Pillow does: float32.
+
+    Keys' cubic with a = -0.5, stretched by the reduction. Its weights are made in float64; those of
+    jax.image come from float32 positions, which costs thousandths of a level.
+    """
+    for axis, size in ((2, width), (1, height)):
+        length = images.shape[axis]
+        if length != size:
+            weights = jnp.asarray(_bicubic_weights(length, size), jnp.float32)
+            images = jnp.tensordot(images, weights, (axis, 1), precision=PRECISION)
+            images = jnp.moveaxis(images, -1, axis)
+    return images
+
+
+def _bicubic_weights(length: int, size: int) -> np.ndarray:
+    """How much each of `length` pixels gives to each of `size`: (size, length) float64."""
+    scale = length / size
+    stretch = max(scale, 1.0)
+    centres = (np.arange(size)[:, None] + 0.5) * scale
+    # Pillow's window holds whole pixels only.
+    first = np.maximum(np.floor(centres - 2 * stretch + 0.5), 0)
+    last = np.minimum(np.floor(centres + 2 * stretch + 0.5), length)
+    pixels = np.arange(length)[None, :]
+    x = np.abs(pixels + 0.5 - centres) / stretch
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    weights = np.where((pixels >= first) & (pixels < last), weights, 0.0)
+    return weights / weights.sum(1, keepdims=True)
 
 
 def _inception_features(
     resize: str, outputs: tuple[str, ...], variables: Any, images: Array
 ) -> dict[str, Array]:
-    found, pool = {}, None
-    prepared = prepare_inception(images, resize)
+    found, prepared = {}, prepare_inception(images, resize)
     pool, seen = Inception().apply(
         variables, prepared, capture_intermediates=lambda module, _: module.path == SPATIAL_UNIT
     )
@@ -229,4 +259,3 @@ def _features_digest(name: str, resize: str, variables: Mapping[str, Any]) -> st
     params = {key: value for key, value in variables["params"].items() if key != "fc"}
     weights = digest({**variables, "params": params})
     return hashlib.sha256(f"{name} {resize} {weights}".encode()).hexdigest()
-

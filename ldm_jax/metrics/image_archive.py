@@ -29,9 +29,6 @@ class ImageArchive(NamedTuple):
     path: pathlib.Path
     shape: tuple[int, ...]
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def batches(self, size: int = _BATCH, start: int = 0) -> Iterator[np.ndarray]:
         """The images from number `start` on, `size` at a time: (B, H, W, 3) uint8.
 
@@ -68,6 +65,8 @@ def open_images(path: str | os.PathLike[str]) -> ImageArchive | None:
                 shape, column_major, dtype = _read_header(file)
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as .npz: {error}") from error
+    if dtype.hasobject:
+        raise UserError(f"{path} has images of several sizes: crop and resize them alike")
     try:
         check_images(np.empty((0, *shape[1:]), dtype))
     except UserError as error:

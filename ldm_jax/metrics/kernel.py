@@ -52,8 +52,8 @@ def kernel_distance(
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise UserError(
-            f"expected features (N, D) and (M, D), got {a.shape} and {b.shape}: were they made with "
-            "another network?"
+            f"expected features (N, D) and (M, D), got {a.shape} and {b.shape}: were they made "
+            "with another network?"
         )
     smaller = min(len(a), len(b))
     check_counts(smaller)

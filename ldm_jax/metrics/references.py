@@ -140,13 +140,14 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_reference(
@@ -178,13 +179,13 @@ def load_reference(
             width, or without what is needed.
     """
     path = pathlib.Path(path)
-    entries = _read_entries(path)
+    entries, images = _read_entries(path), open_images(path)
     if ABOUT in entries:
         reference = _ours(path, entries)
     elif "mu" in entries:
         reference = _foreign(path, entries)
-    elif open_images(path) is not None:
-        reference = _of_images(open_images(path), extractor, keep=features)
+    elif images is not None:
+        reference = _of_images(images, extractor, keep=features)
     else:
         shown = ", ".join(sorted(entries)) or "nothing"
         raise UserError(
@@ -194,7 +195,6 @@ def load_reference(
     _check_network(path, reference, extractor, force)
     _check_shapes(path, reference, extractor)
     if features and reference.features is None:
-        images = open_images(path)
         if images is None:
             raise UserError(
                 f"{path} has statistics only, but KID and the nearest-neighbour metrics need "
@@ -233,9 +233,10 @@ def _read_entries(path: pathlib.Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UserError(f"no reference at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise UserError(f"{path} is a single array, but must be an .npz file")
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise UserError(f"{path} is a single array, but must be an .npz file")
+        with found as file:
             return {name: file[name] for name in file.files if not name.startswith("arr_")}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -290,7 +291,7 @@ def _spatial(entries: Mapping[str, Any]) -> Statistics | None:
 def _of_images(images: ImageArchive, extractor: Extractor, keep: bool) -> Reference:
     found = (extractor.extract(batch) for batch in images.batches())
     return from_features(
-        found, extractor, resolution=images.shape[1], origin=f"{images.path.name}", keep=keep
+        found, extractor, resolution=images.shape[1], origin=images.path.name, keep=keep
     )
 
 

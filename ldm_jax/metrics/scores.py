@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +38,7 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
     if not np.isfinite(logits).all():
         raise UserError("logits are not finite: are there NaNs in the images?")
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
-    scores = [_score(logits[i:j]) for i, j in zip(bounds, bounds[1:], strict=False)]
+    scores = [_score(logits[i:j]) for i, j in itertools.pairwise(bounds)]
     return float(np.mean(scores)), float(np.std(scores))
 
 

@@ -1,11 +1,14 @@
 """Finds steps from which on the loss is far above what it was.
 
-Losses are compared in logarithms: errors and cross-entropies are positive, vary by ratios, and
-have long tails upwards, which logarithms take away. At each step the mean over the last three is
-compared with the median of a window before them. It is a spike where the loss is both `factor`
-times that median, and further from it than SPREADS standard deviations of a single step (estimated
-by the median absolute deviation, so that single outliers do not widen it). So three steps with a
-somewhat higher loss are found, and one step if it is very far off; noise of small batches is not.
+Losses are compared in logarithms: errors and cross-entropies are positive, vary by ratios, and have
+long tails upwards, which logarithms shorten. It is a spike where each of three steps in a row has a
+loss that is
+
+- `factor` times the median of a window of steps before them,
+- further from it than SPREADS standard deviations of a single step, estimated by the median
+  absolute deviation: so the noise of small batches is none;
+- sqrt(`factor`) times all of the window but its highest value: so is none what recurs by itself,
+  such as batches with a rare class, and a single outlier before a spike hides nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-LAST = 3  # steps that are averaged
+LAST = 3  # steps that make a spike
 SPREADS = 4.0
 # Of a normal distribution: standard deviations in one median absolute deviation.
 MAD_TO_STD = 1.4826
@@ -28,23 +31,27 @@ QUARTERS = ("loss_q0", "loss_q1", "loss_q2", "loss_q3")
 MEANING = ("the least noise", "little noise", "much noise", "the most noise")
 
 
-def heights(losses: np.ndarray, factor: float, window: int) -> np.ndarray:
-    """How high the loss is, of the last steps as a share of what makes a spike: above 1 is one.
+def heights(losses: np.ndarray, factor: float, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """How high the last steps are, as a share of what makes a spike.
 
     Args:
         losses: (n,) of steps in a row, not negative.
         factor: least ratio to the median of a spike, above 1.
-        window: steps of which the median is taken.
+        window: steps that are compared with.
 
     Returns:
-        (n - window - LAST + 1,), the first of them for step window + LAST - 1 of `losses`.
+        The lowest and the highest of LAST steps, (n - window - LAST + 1,) each, the first of them
+        for steps window to window + LAST - 1 of `losses`. It is a spike where the lowest is 1.
     """
     logs = np.log(np.maximum(losses, LEAST))
     before = np.lib.stride_tricks.sliding_window_view(logs[:-LAST], window)
+    recent = np.lib.stride_tricks.sliding_window_view(logs[window:], LAST)
     median = np.median(before, axis=1)
-    deviation = np.median(np.abs(before - median[:, None]), axis=1)
-    recent = np.lib.stride_tricks.sliding_window_view(logs[window:], LAST).mean(axis=1)
-    return (recent - median) / np.maximum(np.log(factor), SPREADS * MAD_TO_STD * deviation)
+    spread = MAD_TO_STD * np.median(np.abs(before - median[:, None]), axis=1)
+    high = np.partition(before, -2, axis=1)[:, -2] - median
+    limit = np.maximum(SPREADS * spread, high + np.log(factor) / 2)
+    limit = np.maximum(limit, np.log(factor))
+    return (recent.min(axis=1) - median) / limit, (recent.max(axis=1) - median) / limit
 
 
 class Spikes:
@@ -82,8 +89,8 @@ class Spikes:
     def check(self, step: int, rows: Sequence[Mapping[str, float]]) -> list[tuple[int, int]]:
         """Looks at the metrics of the steps up to `step`, each of which is seen once, in order.
 
-        Skipped steps do not count. Returns the first and last of the averaged steps of each new
-        spike.
+        Skipped steps do not count. Returns the first and the last of the steps by which each new
+        spike was found.
         """
         if not self._factor:
             return []
@@ -98,13 +105,14 @@ class Spikes:
         if len(seen) < self._window + LAST:
             return []
         found = []
-        for i, height in enumerate(heights(seen[:, 1], self._factor, self._window)):
+        lows, highs = heights(seen[:, 1], self._factor, self._window)
+        for i, (lowest, highest) in enumerate(zip(lows, highs, strict=True)):
             part = seen[i : i + self._window + LAST]
-            if height >= 1 and not self._on:
+            if lowest >= 1 and not self._on:
                 found.append((int(part[-LAST, 0]), int(part[-1, 0])))
                 self._say(self._message(part))
-            # One that hovers about the limit is still the same.
-            self._on = height >= (0.5 if self._on else 1.0)
+            # One that falls for a step or hovers about the limit is still the same.
+            self._on = highest >= 0.5 if self._on else lowest >= 1
         return found
 
     def _message(self, rows: np.ndarray) -> str:

@@ -1,0 +1,247 @@
+"""The Frechet distance of samples while a diffusion model trains, and the best weights of a run.
+
+Of few samples it is biased, by more the fewer there are, and so is no figure to compare with
+others': it is for comparing the steps of one run, which all see the same seeds, conditions and real
+images. `ldm_jax.evaluate --metrics=fid` takes the figure to report.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import config as config_lib
+from ldm_jax import distributed, pictures, tensors
+from ldm_jax import workdir as files
+from ldm_jax.data.latents_source import LatentsSource
+from ldm_jax.data.order import epoch_order
+from ldm_jax.data.pipeline import epoch_batches
+from ldm_jax.data.sources import Source
+from ldm_jax.errors import UserError
+from ldm_jax.extractors import load_extractor
+from ldm_jax.held_out import choose_rows
+from ldm_jax.metrics.features import Extractor
+from ldm_jax.metrics.frechet import FeatureStatistics, frechet_distance
+from ldm_jax.metrics.references import (
+    Reference,
+    fingerprint,
+    from_features,
+    load_reference,
+    save_reference,
+)
+from ldm_jax.pipeline import Pipeline
+from ldm_jax.training import latents
+from ldm_jax.training.sharding import gather
+
+REFERENCE = pathlib.Path("progress") / "reference.npz"  # in the workdir
+REFERENCE_IMAGES = 10_000  # real images at most
+BEST = "best"  # the folder of the best weights, in the workdir
+_BATCH_SIZE = 64  # real images at a time
+
+
+def check(config: ConfigDict, source: Source, mesh: jax.sharding.Mesh) -> None:
+    """Checks, before any work, that the FID of samples can be measured where that is asked for.
+
+    Raises:
+        UserError: no Inception weights, no real images, or a reference that does not fit.
+    """
+    c = config.train
+    if c.fid_every == 0 or c.steps == 0:
+        return
+    try:
+        extractor = load_extractor("inception", mesh=mesh, outputs=("pool",))
+    except UserError as error:
+        raise UserError(f"{error}, or set config.train.fid_every=0") from error
+    if c.fid_reference:
+        load_reference(c.fid_reference, extractor)
+    elif isinstance(source, LatentsSource):
+        raise UserError(
+            "config.train.fid_every needs real images, but config.data.source holds latents: set "
+            "config.train.fid_reference to statistics of them (an .npz file), or fid_every=0"
+        )
+    elif len(source) < 2:
+        raise UserError(f"config.train.fid_every needs 2 images at least, there is {len(source)}")
+
+
+class SamplesFID:
+    """The FID of a model's samples, by config.train: the same measurement at every step.
+
+    Sample i has seed i and the condition of an example of the data; these are drawn evenly from all
+    of it, as are the real images, which are centred crops, not mirrored. Each host measures all
+    samples, since they are few. Nothing is loaded or read before it is needed.
+
+    Args:
+        config: of the run.
+        workdir: where the statistics of the real images are kept.
+        source: of the training images.
+        mesh: the devices.
+        interrupted: called between batches; may raise to give up.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        source: Source,
+        mesh: jax.sharding.Mesh,
+        interrupted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config, self._workdir, self._source = config, workdir, source
+        self._mesh, self._interrupted = mesh, interrupted
+
+    def __call__(self, pipe: Pipeline) -> float:
+        """Samples and measures; raises what `interrupted` does."""
+        count, size = self._config.train.fid_samples, self._config.sample.batch_size
+        found = FeatureStatistics(self.extractor.outputs["pool"])
+        reference = self.reference
+        for start in range(0, count, size):
+            self._interrupted()
+            # The last batch is as large as all others: its program is there already.
+            rows = choose_rows(0, start, size, len(self._source))
+            conditions = pictures.conditions(self._config, self._source, rows)
+            made = pipe.sample(range(start, start + size), conditions)[: count - start]
+            found.add(self.extractor.extract(made)["pool"])
+        return frechet_distance(*found.result(), reference.mean, reference.covariance)
+
+    @functools.cached_property
+    def extractor(self) -> Extractor:
+        """Inception-v3."""
+        return load_extractor("inception", mesh=self._mesh, outputs=("pool",))
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """Statistics of the real images: given, kept in the workdir, or made and kept there."""
+        if given := self._config.train.fid_reference:
+            return load_reference(given, self.extractor)
+        path, origin = self._workdir / REFERENCE, _origin(self._config, len(self._source))
+        if path.is_file():
+            try:
+                kept = load_reference(path, self.extractor)
+            except UserError:  # of other weights, or damaged: it is made again
+                kept = None
+            if kept and kept.origin == origin:
+                return kept
+        made = from_features(
+            self._real_features(),
+            self.extractor,
+            resolution=self._config.data.resolution,
+            origin=origin,
+        )
+        if distributed.is_main():
+            save_reference(path, made)
+        return made
+
+    def _real_features(self) -> Any:
+        rows = epoch_order(0, 0, len(self._source))[:REFERENCE_IMAGES]
+        batches = epoch_batches(
+            self._source,
+            latents.transform(self._config),
+            _BATCH_SIZE,
+            rows=np.sort(rows).tolist(),  # files are read faster in their order
+            threads=self._config.data.threads,
+        )
+        for batch in batches:
+            self._interrupted()
+            yield self.extractor.extract(batch["image"][batch["valid"]])
+
+    def settings(self, first_stage: Mapping[str, Any]) -> str:
+        """SHA-256, in hex, of all that the figure depends on but for the weights that are trained:
+        figures of equal settings can be compared."""
+        c = self._config
+        parts = {
+            "samples": c.train.fid_samples,
+            "sample": config_lib.flatten(c.sample),
+            "resolution": c.data.resolution,
+            "fields": list(c.data.fields),
+            "reference": fingerprint(self.reference),
+            "network": self.extractor.digest,
+            "first_stage": tensors.digest(first_stage),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _origin(config: ConfigDict, count: int) -> str:
+    c = config.data
+    where = f", {c.where}" if c.where else ""
+    used = f"{min(count, REFERENCE_IMAGES):,} of {count:,} images"
+    return f"{c.source}, {c.split}{where}: {used}, centred crops of {c.resolution}x{c.resolution}"
+
+
+class Best(NamedTuple):
+    """The best weights of a run: of which step, and their FID."""
+
+    step: int
+    fid: float
+
+
+def read_best(workdir: pathlib.Path, settings: str = "") -> Best | None:
+    """What is kept in a workdir's folder `best`; None if nothing is, or, if `settings` are given,
+    if it was measured with others."""
+    path = workdir / BEST / files.WEIGHTS
+    if not path.is_file():
+        return None
+    try:
+        metadata = tensors.open_tensors(path)[1]
+        found = Best(int(metadata["step"]), float(metadata["fid"]))
+    except (UserError, KeyError, ValueError):
+        return None
+    return None if settings and metadata.get("fid_settings") != settings else found
+
+
+def keep_if_best(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    weights: Mapping[str, Any],
+    found: Best,
+    settings: str,
+) -> None:
+    """Writes weights to the workdir's folder `best`, a model of its own, if none there is better.
+
+    All hosts must call it.
+
+    Args:
+        workdir: of the run.
+        config: of the run.
+        weights: 'first_stage', 'denoiser' and 'conditioner'.
+        found: their step and FID.
+        settings: with which it was measured; what was measured with others is replaced.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    folder = workdir / BEST
+    with distributed.agreed():
+        before = read_best(workdir, settings) if distributed.is_main() else None
+    better = distributed.is_main() and (before is None or found.fid < before.fid)
+    if not distributed.any_host(better):
+        return
+    parts = gather({name: weights[name] for name in ("denoiser", "conditioner")})
+    if not distributed.is_main():
+        return
+    try:
+        if before is None:  # the first stage may be another one
+            shutil.rmtree(folder, ignore_errors=True)
+            parts["first_stage"] = weights["first_stage"]
+        files.save_model(
+            folder,
+            config,
+            parts,
+            found.step,
+            files.read_labels(workdir),
+            files.tokenizer_folder(workdir, config),
+            {"fid": repr(found.fid), "fid_settings": settings},
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot write the best weights to {folder} ({error.strerror}): make room and start "
+            "the same command again, or set config.train.fid_every=0"
+        ) from error
