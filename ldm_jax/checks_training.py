@@ -29,4 +29,7 @@ def check_training(c: ConfigDict) -> None:
                 f"{WINDOWS[0]} to {WINDOWS[1]}"
             )
     if c.train.fid_samples < 2:
-        raise UserError(f"config.train.fid_samples is {c.train.fid_samples}, but must be at least 2")
+        raise UserError(
+            f"config.train.fid_samples is {c.train.fid_samples}, but must be at least 2, and better "
+            "1000"
+        )

@@ -1,9 +1,11 @@
-"""Evaluates a workdir: its reconstructions, how samples obey conditions, or the likelihood of data.
+"""Evaluates a workdir: samples, reconstructions, how conditions are obeyed, or likelihoods.
 
 python -m ldm_jax.evaluate --workdir=runs/quickstart
 python -m ldm_jax.evaluate --workdir=runs/imported --source=folder:photos --metrics=psnr,ssim
 python -m ldm_jax.evaluate --workdir=runs/layout --of=condition --split=train[4000:5000]
 python -m ldm_jax.evaluate --workdir=runs/layout --of=likelihood --num_images=64 --steps=100
+python -m ldm_jax.evaluate --workdir=runs/quickstart --metrics=fid,kid,is,precision,recall
+python -m ldm_jax.evaluate --samples=made_elsewhere.npz --reference=cifar.npz --metrics=fid --out=.
 
 Of the first stage it prints a table and writes metrics.json and reconstructions.png: images, their
 reconstructions, and the differences, 4 times amplified around mid-grey. Reconstructions are those
@@ -21,21 +23,33 @@ of the unscaled latents, which it draws from the first stage's posterior, or of 
 a model of pixels: by the probability-flow ODE and, of a discrete schedule, the variational bound
 with its parts. Latents have a density, which may be negative and says nothing of pixels. It writes
 the section `likelihood` of metrics.json.
+
+With --of=samples, or --metrics of these, it samples the model on all devices, or takes --samples,
+and compares them with real images: fid, fid_infinity, sfid, kid, is, precision, recall, density,
+coverage and fd_dino. Real images are those of training, cropped and resized alike, or --reference.
+The same command goes on where it was cut off. It writes the section `samples` of metrics.json, a
+line in the workdir's README.md, samples.png and reference.png. docs/evaluation.md says more.
 """
 
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 from absl import flags
 
-from ldm_jax import cli, distributed
+from ldm_jax import cli, distributed, evaluation_tables
 from ldm_jax.errors import UserError
+
+# Of `metrics.sets`, which must not be imported before other processes are joined.
+SAMPLE_METRICS = ("fid", "fid_infinity", "sfid", "fd_dino", "kid", "is")
+SAMPLE_METRICS += ("precision", "recall", "density", "coverage")
 
 distributed.define_flags()
 _OF = flags.DEFINE_string(
-    "of", "reconstruction", "What is evaluated: reconstruction, condition or likelihood."
+    "of",
+    None,
+    "What is evaluated: samples, reconstruction, condition or likelihood. Default: samples where "
+    "--metrics are of these, else reconstruction.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Workdir of a run or of an imported model, or a first stage's folder."
@@ -49,15 +63,21 @@ _SPLIT = flags.DEFINE_string(
     "split",
     "",
     "Part of them, such as test or train[90%:]. Default: what the workdir's config holds out, else "
-    "its training images; train of another --source.",
+    "its training images, as of samples always; train of another --source.",
 )
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images",
     0,
     "The first ones of the split; 0 = all. A slice such as test[:500] is a fair sample. Of "
-    "conditions and likelihoods: so many from all of the split; 0 = 256 or 128.",
+    "conditions and likelihoods: so many from all of the split; 0 = 256 or 128. Of samples: real "
+    "images that they are compared to, from all of the split.",
 )
-_METRICS = flags.DEFINE_list("metrics", ["psnr", "ssim", "lpips", "rfid"], "What to measure.")
+_METRICS = flags.DEFINE_list(
+    "metrics",
+    None,
+    "What to measure. Of reconstructions psnr, ssim, lpips and rfid, the default; of samples "
+    f"{', '.join(SAMPLE_METRICS)}; default fid, sfid, kid, precision, recall.",
+)
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", 0, "Side of the square images. Default: that of the workdir's config."
 )
@@ -79,37 +99,68 @@ _SCALE = flags.DEFINE_float(
     "guidance_scale", None, "Of samples. Default: config.sample.guidance_scale."
 )
 _OUT = flags.DEFINE_string("out", None, "Where to write. Default: <workdir>/evaluation.")
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples",
+    None,
+    "How many samples. Default: 50000, or all of --samples; 0 = only write the reference.",
+)
+_SAMPLES = flags.DEFINE_string(
+    "samples",
+    "",
+    "Folder, or .npz file (arr_0), of images made elsewhere, to evaluate as they are.",
+)
+_REFERENCE = flags.DEFINE_string(
+    "reference",
+    "",
+    "Real images: a folder, or an .npz file of ours, the ADM suite's or pytorch-fid's. Default: "
+    "the training data.",
+)
+_WRITE_REFERENCE = flags.DEFINE_string(
+    "write_reference", "", "FILE.npz to write the reference's statistics to, for others to use."
+)
+_FORCE = flags.DEFINE_bool(
+    "force", False, "Take a --reference of another network, resize rule or size all the same."
+)
+_LABELS = flags.DEFINE_string(
+    "labels", "data", "How classes of samples are drawn: as often as in the data, or uniform."
+)
+_RESIZE = flags.DEFINE_string(
+    "resize", "pytorch", "How images come to Inception's size: pytorch, tensorflow or antialiased."
+)
+_DINO = flags.DEFINE_string("dino", "", "Folder with the weights of DINOv2, for fd_dino.")
 
-UNITS = {"psnr": "dB", "kl_per_element": "nats", "mae": "of values from -1 to 1"}
-UNITS |= {"low_res_psnr": "dB", "luma_error": "levels", "stroke_distance": "levels"}
-UNITS |= {"change_outside_hole": "levels"}
+_OF_SAMPLES = (_NUM_SAMPLES, _SAMPLES, _REFERENCE, _WRITE_REFERENCE)
+_OF_SAMPLES += (_FORCE, _LABELS, _RESIZE, _DINO)
 # What each kind of evaluation leaves to others.
 FOREIGN = {
-    "reconstruction": (_SEED, _SAMPLER, _STEPS, _SCALE),
-    "condition": (_METRICS, _RESOLUTION),
-    "likelihood": (_METRICS, _RESOLUTION, _SAMPLER, _SCALE),
+    "reconstruction": (_SEED, _SAMPLER, _STEPS, _SCALE, *_OF_SAMPLES),
+    "condition": (_METRICS, _RESOLUTION, *_OF_SAMPLES),
+    "likelihood": (_METRICS, _RESOLUTION, _SAMPLER, _SCALE, *_OF_SAMPLES),
+    "samples": (_RESOLUTION,),
 }
 
 
 def main() -> None:
     """Reads the flags, evaluates and writes."""
-    if not _WORKDIR.value:
-        raise UserError("no workdir given: use --workdir=runs/quickstart")
     for flag in (_NUM_IMAGES, _RESOLUTION, _BATCH_SIZE):
         if flag.value < 0:
             raise UserError(f"--{flag.name} is {flag.value}, but must be at least 0")
-    if _OF.value not in FOREIGN:
-        raise UserError(f"--of={_OF.value}: choose from {', '.join(FOREIGN)}")
-    for flag in FOREIGN[_OF.value]:
+    of = _kind()
+    for flag in FOREIGN[of]:
         if flag.present:
             names = {kind: [other.name for other in FOREIGN[kind]] for kind in FOREIGN}
             others = " or ".join(kind for kind in FOREIGN if flag.name not in names[kind])
             raise UserError(f"--{flag.name} is of --of={others}: leave it out here")
+    if not _WORKDIR.value and not (of == "samples" and _SAMPLES.value):
+        raise UserError("no workdir given: use --workdir=runs/quickstart")
+    if not _WORKDIR.value and not _OUT.value:
+        raise UserError("no workdir given: say by --out where to write")
     from ldm_jax.workdir import read_config
 
     cli.use_compilation_cache()
-    root = pathlib.Path(_WORKDIR.value)
-    read_config(root)  # before a folder is made in what is no workdir
+    root = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    if root is not None:
+        read_config(root)  # before a folder is made in what is no workdir
     out = pathlib.Path(_OUT.value or root / "evaluation")
     with cli.writing(out):
         out.mkdir(parents=True, exist_ok=True)  # before the work, which may take long
@@ -117,14 +168,32 @@ def main() -> None:
         "reconstruction": _reconstruction,
         "condition": _condition,
         "likelihood": _likelihood,
+        "samples": _samples,
     }
-    written = kinds[_OF.value](root, out)
+    written = kinds[of](root, out)
     print(f"{written} in {out}")
+
+
+def _kind() -> str:
+    """What is evaluated, by --of or the metrics alone."""
+    given = set(_METRICS.value or ())
+    if _OF.value is None:
+        other = sorted(given - set(SAMPLE_METRICS))
+        if given and other and len(other) < len(given):
+            raise UserError(
+                f"--metrics={','.join(_METRICS.value)}: {', '.join(other)} and the others are of "
+                "different things; choose what to evaluate by --of=samples or --of=reconstruction"
+            )
+        return "samples" if given and not other else "reconstruction"
+    if _OF.value not in FOREIGN:
+        raise UserError(f"--of={_OF.value}: choose from {', '.join(FOREIGN)}")
+    return _OF.value
 
 
 def _reconstruction(root: pathlib.Path, out: pathlib.Path) -> str:
     """Evaluates the first stage; says what was written."""
     from ldm_jax import images
+    from ldm_jax.config import METRICS
     from ldm_jax.records import evaluate_first_stage, write_record
 
     found, record = evaluate_first_stage(
@@ -132,11 +201,11 @@ def _reconstruction(root: pathlib.Path, out: pathlib.Path) -> str:
         source=_SOURCE.value,
         split=_SPLIT.value,
         num_images=_NUM_IMAGES.value,
-        metrics=_METRICS.value,
+        metrics=METRICS if _METRICS.value is None else _METRICS.value,
         resolution=_RESOLUTION.value,
         batch_size=_BATCH_SIZE.value,
     )
-    print(table(record))
+    print(evaluation_tables.table(record))
     if distributed.is_main():
         with cli.writing(out):
             images.save_png(out / "reconstructions.png", found.grid())
@@ -161,7 +230,7 @@ def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
         batch_size=_BATCH_SIZE.value or None,
     )
     record, sheet = evaluate_conditions(root, request)
-    print(condition_table(record))
+    print(evaluation_tables.condition_table(record))
     if distributed.is_main():
         with cli.writing(out):
             images.save_png(out / "condition.png", sheet, condition_sheet.COLOURS)
@@ -183,69 +252,48 @@ def _likelihood(root: pathlib.Path, out: pathlib.Path) -> str:
         batch_size=_BATCH_SIZE.value or None,
     )
     record = evaluate_likelihood(root, request)
-    print(likelihood_table(record))
+    print(evaluation_tables.likelihood_table(record))
     if distributed.is_main():
         with cli.writing(out):
             write_record(out / "metrics.json", {"likelihood": record})
     return "metrics.json is"
 
 
-def table(record: dict[str, Any]) -> str:
-    """What the record says, a line for each number."""
-    where = f", {record['where']}" if record["where"] else ""
-    size = record["resolution"]
-    lines = [
-        f"{record['num_images']} images of {size}x{size} ({record['source']}, {record['split']}"
-        f"{where})"
-    ]
-    for name, value in record["reconstruction"].items():
-        lines.append(f"  {name:<16} {value:>9.4f} {UNITS.get(name, '')}".rstrip())
-    return "\n".join(lines)
+def _samples(root: pathlib.Path | None, out: pathlib.Path) -> str:
+    """Evaluates samples against real images; says what was written."""
+    from ldm_jax.records import add_to_readme, write_record
+    from ldm_jax.sample_metrics import Request, evaluate_samples
 
-
-def condition_table(record: dict[str, Any]) -> str:
-    """What a record of conditions says: a line for each figure, a column for each reference."""
-    where = f", {record['where']}" if record["where"] else ""
-    lines = [
-        f"{record['num_images']} conditions ({record['source']}, {record['split']}{where}), step "
-        f"{record['checkpoint_step']}, {record['sampler']}, {record['steps']} steps, guidance "
-        f"{record['guidance_scale']:g}"
-    ]
-    figures = record["figures"]
-    columns = list(dict.fromkeys(column for values in figures.values() for column in values))
-    lines.append(" " * 26 + "".join(f"{column:>12}" for column in columns))
-    for name, values in figures.items():
-        shown = (f"{values[c]:12.4f}" if c in values else f"{'-':>12}" for c in columns)
-        lines.append(f"  {name:<24}{''.join(shown)} {UNITS.get(name, '')}".rstrip())
-    for kind, judge in record["judges"].items():
-        lines.append(
-            f"judge ({kind}): {judge['held_out']:.4f} on real images that it was not fitted to; "
-            f"fitted to {judge['images']}"
-        )
-    return "\n".join(lines)
-
-
-def likelihood_table(record: dict[str, Any]) -> str:
-    """What a record of likelihoods says: a line for each figure, and for each part of the bound."""
-    where = f", {record['where']}" if record["where"] else ""
-    shape = "x".join(map(str, record["shape"]))
-    lines = [
-        f"{record['num_images']} images ({record['source']}, {record['split']}{where}), step "
-        f"{record['checkpoint_step']}, seed {record['seed']}: bits per dimension of "
-        f"{record['of']} ({shape})"
-    ]
-    ode = record["ode"]
-    settings = {"ode": f"{ode['steps']} steps, from noise {ode['noise']:.2g}"}
-    if "vlb" in record:
-        vlb = record["vlb"]
-        settings["vlb"] = f"{vlb['calls']} time steps, variance {vlb['variance']}"
-    for name, setting in settings.items():
-        mean, error = record[name]["bits_per_dim"], record[name]["standard_error"]
-        lines.append(f"  {name:<10} {mean:>9.4f} +- {error:.4f}  {setting}")
-    if "vlb" in record:
-        parts = ("prior", "kl", "decoder")
-        lines += [f"    {part:<8} {record['vlb'][part]:>9.4f}" for part in parts]
-    return "\n".join(lines)
+    request = Request(
+        num_samples=_NUM_SAMPLES.value,
+        samples=_SAMPLES.value,
+        reference=_REFERENCE.value,
+        write_reference=_WRITE_REFERENCE.value,
+        force=_FORCE.value,
+        source=_SOURCE.value,
+        split=_SPLIT.value,
+        num_images=_NUM_IMAGES.value,
+        labels=_LABELS.value,
+        resize=_RESIZE.value,
+        dino=_DINO.value,
+        seed=_SEED.value,
+        sampler=_SAMPLER.value,
+        steps=_STEPS.value,
+        guidance_scale=_SCALE.value,
+        batch_size=_BATCH_SIZE.value or None,
+    )
+    if _METRICS.value is not None:
+        request = request._replace(metrics=_METRICS.value)
+    record = evaluate_samples(root, out, request)
+    if _NUM_SAMPLES.value == 0:
+        return f"{_WRITE_REFERENCE.value} is written; what it was made of is"
+    if distributed.is_main():
+        print(evaluation_tables.samples_table(record))
+        with cli.writing(out):
+            write_record(out / "metrics.json", {"samples": record})
+            if root is not None:
+                add_to_readme(root, evaluation_tables.samples_line(record))
+    return "metrics.json and pictures are"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A record says what was measured; its 'rows' are dicts of the same keys.
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from ldm_jax.data.sources import Source
 from ldm_jax.data.task_fields import passed_on
 from ldm_jax.data.transforms import CachedTransform
 from ldm_jax.flops import count_flops
+from ldm_jax.machine import processors
 from ldm_jax.preflight import open_data, open_training_data
 from ldm_jax.stored_latents import stored_null
 from ldm_jax.training.latents import task_transform, transform
@@ -322,11 +322,6 @@ def _trace(call: Callable[[], Any], folder: str, calls: int = TRACED) -> None:
         with jax.profiler.trace(folder):
             for _ in range(calls):
                 jax.block_until_ready(call())
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _powers(most: int) -> tuple[int, ...]:

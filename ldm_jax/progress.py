@@ -83,6 +83,7 @@ class SamplesFID:
         config: of the run.
         workdir: where the statistics of the real images are kept.
         source: of the training images.
+        first_stage: its variables, in the host's memory.
         mesh: the devices.
         interrupted: called between batches; may raise to give up.
     """
@@ -92,11 +93,12 @@ class SamplesFID:
         config: ConfigDict,
         workdir: pathlib.Path,
         source: Source,
+        first_stage: Mapping[str, Any],
         mesh: jax.sharding.Mesh,
         interrupted: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._workdir, self._source = config, workdir, source
-        self._mesh, self._interrupted = mesh, interrupted
+        self._first_stage, self._mesh, self._interrupted = first_stage, mesh, interrupted
 
     def __call__(self, pipe: Pipeline) -> float:
         """Samples and measures; raises what `interrupted` does."""
@@ -153,7 +155,8 @@ class SamplesFID:
             self._interrupted()
             yield self.extractor.extract(batch["image"][batch["valid"]])
 
-    def settings(self, first_stage: Mapping[str, Any]) -> str:
+    @functools.cached_property
+    def settings(self) -> str:
         """SHA-256, in hex, of all that the figure depends on but for the weights that are trained:
         figures of equal settings can be compared."""
         c = self._config
@@ -164,9 +167,44 @@ class SamplesFID:
             "fields": list(c.data.fields),
             "reference": fingerprint(self.reference),
             "network": self.extractor.digest,
-            "first_stage": tensors.digest(first_stage),
+            "first_stage": tensors.digest(self._first_stage),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def keep_if_best(self, pipe: Pipeline, fid: float) -> None:
+        """Writes the model to the workdir's folder `best` unless there is a better one.
+
+        What was measured with other settings is replaced. All hosts must call it.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        settings, folder = self.settings, self._workdir / BEST
+        before = read_best(self._workdir, settings) if distributed.is_main() else None
+        better = distributed.is_main() and (before is None or fid < before.fid)
+        if not distributed.any_host(better):
+            return
+        weights = gather({name: pipe.variables[name] for name in ("denoiser", "conditioner")})
+        if not distributed.is_main():
+            return
+        try:
+            if before is None:  # the first stage may be another one
+                shutil.rmtree(folder, ignore_errors=True)
+                weights["first_stage"] = self._first_stage
+            files.save_model(
+                folder,
+                self._config,
+                weights,
+                pipe.step,
+                files.read_labels(self._workdir),
+                files.tokenizer_folder(self._workdir, self._config),
+                {"fid": repr(fid), "fid_settings": settings},
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot write the best weights to {folder} ({error.strerror}): make room and "
+                "start the same command again, or set config.train.fid_every=0"
+            ) from error
 
 
 def _origin(config: ConfigDict, count: int) -> str:
@@ -195,53 +233,3 @@ def read_best(workdir: pathlib.Path, settings: str = "") -> Best | None:
     except (UserError, KeyError, ValueError):
         return None
     return None if settings and metadata.get("fid_settings") != settings else found
-
-
-def keep_if_best(
-    workdir: pathlib.Path,
-    config: ConfigDict,
-    weights: Mapping[str, Any],
-    found: Best,
-    settings: str,
-) -> None:
-    """Writes weights to the workdir's folder `best`, a model of its own, if none there is better.
-
-    All hosts must call it.
-
-    Args:
-        workdir: of the run.
-        config: of the run.
-        weights: 'first_stage', 'denoiser' and 'conditioner'.
-        found: their step and FID.
-        settings: with which it was measured; what was measured with others is replaced.
-
-    Raises:
-        UserError: they cannot be written.
-    """
-    folder = workdir / BEST
-    with distributed.agreed():
-        before = read_best(workdir, settings) if distributed.is_main() else None
-    better = distributed.is_main() and (before is None or found.fid < before.fid)
-    if not distributed.any_host(better):
-        return
-    parts = gather({name: weights[name] for name in ("denoiser", "conditioner")})
-    if not distributed.is_main():
-        return
-    try:
-        if before is None:  # the first stage may be another one
-            shutil.rmtree(folder, ignore_errors=True)
-            parts["first_stage"] = weights["first_stage"]
-        files.save_model(
-            folder,
-            config,
-            parts,
-            found.step,
-            files.read_labels(workdir),
-            files.tokenizer_folder(workdir, config),
-            {"fid": repr(found.fid), "fid_settings": settings},
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot write the best weights to {folder} ({error.strerror}): make room and start "
-            "the same command again, or set config.train.fid_every=0"
-        ) from error

@@ -24,7 +24,7 @@ from ldm_jax.training.evaluation import Evaluation, evaluation_batches, evaluato
 from ldm_jax.training.sharding import make_mesh
 
 PER_DEVICE = 8  # images at a time, unless one says otherwise
-SECTIONS = ("condition", "likelihood")  # of a record; what is of a first stage has none
+SECTIONS = ("condition", "likelihood", "samples")  # of a record; what is of a first stage has none
 
 
 def evaluate_first_stage(
@@ -96,6 +96,27 @@ def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     else:
         record = record | {name: before[name] for name in SECTIONS if name in before}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def add_to_readme(workdir: pathlib.Path, line: str) -> None:
+    """Adds a line to the list of evaluations in a workdir's README.md, unless it is there."""
+    path, title = workdir / "README.md", "## Evaluations"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        text = f"# {workdir.resolve().name}\n"
+    lines = text.splitlines()
+    if line in lines:
+        return
+    if title not in lines:
+        lines += ["", title, ""]
+    place = lines.index(title) + 1
+    # Behind the last line of the list, before what may follow it.
+    while place < len(lines) and (not lines[place] or lines[place].startswith("- ")):
+        place += 1
+    while not lines[place - 1] and lines[place - 2] != title:
+        place -= 1
+    files.write_text(path, "\n".join([*lines[:place], line, *lines[place:]]) + "\n")
 
 
 def _config_at(config: ConfigDict, resolution: int) -> ConfigDict:

@@ -6,13 +6,23 @@ import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ldm_jax import classifier_files, distributed, lock, pictures, stored_latents, watchdog
+from ldm_jax import (
+    classifier_files,
+    distributed,
+    lock,
+    machine,
+    pictures,
+    progress,
+    stored_latents,
+    watchdog,
+)
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
 from ldm_jax.data.bad import BAD_HELD_OUT, BAD_IMAGES, TolerantSource
@@ -33,7 +43,7 @@ from ldm_jax.training.ema import profiles
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts, of_command
-from ldm_jax.training.loop import Picture, Stage, fit
+from ldm_jax.training.loop import Measure, Picture, Stage, fit
 from ldm_jax.training.sharding import gather, local_part, make_mesh, put, replicated
 from ldm_jax.training.snapshots import remove_later, write_snapshots
 from ldm_jax.training.state import TrainState
@@ -54,6 +64,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
         mesh = make_mesh(config.mesh)
         source = open_training_data(config, workdir)
         judges = check_parts(config, workdir, source, mesh)
+        progress.check(config, source, mesh)
     with contextlib.ExitStack() as stack, interrupts:
         with distributed.agreed():  # once all have read what is there
             if distributed.is_main():
@@ -77,6 +88,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, allow_config_change: bool = F
             f"captions: {source.cut_share:.1%} were longer than the {config.text.length} tokens of "
             "config.text.length, and were cut off"
         )
+    if config.train.fid_every and (best := progress.read_best(workdir)):
+        print(f"best FID of samples: {best.fid:.2f} at step {best.step}, in {workdir / 'best'}")
     looks = "\n".join(f"  {path}" for path in shown)
     print(f"\nDone in {(time.perf_counter() - begin) / 60:.1f} minutes. Look at:\n{looks}")
     print(f"Sample more:\n  python -m ldm_jax.sample --workdir={workdir} --num_samples=16")
@@ -89,6 +102,7 @@ def _claim(
     if not distributed.is_main():
         return
     files.claim(workdir, config, allow_config_change)
+    machine.add_start(workdir)
     if {"label", "boxes"} & set(config.data.fields) and source.label_names:
         files.write_labels(workdir, source.label_names)
     if "tokens" in config.data.fields:  # a run can then be sampled from anywhere
@@ -241,8 +255,28 @@ class _Run:
             snapshot=snapshot if kept else None,
             snapshot_every=config.ema_snapshots.every,
             forget=functools.partial(remove_later, self.workdir / files.AVERAGES),
+            measure=self._samples_fid(update, frozen) if config.train.fid_every else None,
         )
         return update(self._fit(stage, self._batches(source, stage.block), 3))
+
+    def _samples_fid(self, update: Callable[[TrainState], Pipeline], frozen: Any) -> Measure:
+        """The FID of samples, of which the best weights are kept."""
+        fid = progress.SamplesFID(
+            self.config,
+            self.workdir,
+            self.source,
+            frozen,
+            self.mesh,
+            lambda: self.interrupts.check("while measuring samples"),
+        )
+
+        def take(state: TrainState, step: int) -> float:
+            pipe = update(state)
+            found = fid(pipe)
+            fid.keep_if_best(pipe, found)
+            return found
+
+        return Measure("fid", self.config.train.fid_every, take)
 
     def _latents(self, frozen: dict[str, Any]) -> Source:
         """The data, with images encoded once if the config says so."""

@@ -16,6 +16,7 @@ workdir/
   progress/              the statistics of real images that this is measured with
   samples/               grids
   evaluation/            what `evaluate` writes; reconstructions/ is of `reconstruct`
+  starts.jsonl           when training was started, and on what machine
   metrics.jsonl, events.out.tfevents.*, parameters.txt
 """
 
@@ -236,8 +237,8 @@ def save_model(
     """Writes a whole model so that `load` reads it, tensor by tensor.
 
     `weights` has 'first_stage', 'denoiser', 'conditioner' and 'classifier', as in
-    `Pipeline.variables`, or some of them; `metadata` is stored with the denoiser's. The config comes last: without it, a folder whose writing
-    was interrupted is no workdir.
+    `Pipeline.variables`, or some of them; `metadata` is stored with the denoiser's. The config
+    comes last: without it, a folder whose writing was interrupted is no workdir.
     """
     if "first_stage" in weights:
         save_first_stage(workdir / "first_stage", config, weights["first_stage"])

@@ -49,6 +49,9 @@ LEFTOVERS = re.compile(
     r"|vision_model\..+|(visual|text)_projection\.weight|logit_scale"
 )
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# What the config of a whole CLIP may leave out: transformers writes only what differs.
+CLIP_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048}
+CLIP_DEFAULTS |= {"num_hidden_layers": 12, "num_attention_heads": 8}
 # A name that begins with one of these is taken to be without it.
 PREFIXES = {ClipText: r"^(transformer\.)?(text_model\.)?", SentenceEncoder: r"^(bert\.)?"}
 
@@ -235,7 +238,8 @@ def text_module(config: Mapping[str, Any], length: int = 77) -> nn.Module:
     """
     kind = config.get("model_type") if isinstance(config, Mapping) else None
     if kind == "clip":
-        return text_module(config.get("text_config", {}) | {"model_type": "clip_text_model"})
+        part = CLIP_DEFAULTS | config.get("text_config", {})
+        return text_module(part | {"model_type": "clip_text_model"})
     if kind not in MODULES:
         raise UserError(
             f"no text encoder of ours is a {short(str(kind))}: choose from {', '.join(MODULES)}"

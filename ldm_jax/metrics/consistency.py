@@ -105,6 +105,15 @@ def retrieval(
     return right / len(target)
 
 
+def clip_score(images: np.ndarray, captions: np.ndarray) -> np.ndarray:
+    """CLIP score of images with embeddings (N, D) and their captions' (N, D): (N,), 0 to 100.
+
+    100 max(cosine, 0), as most report it; Hessel et al. 2021, equation 1, have 2.5 in place of 100.
+    """
+    norms = np.linalg.norm(images, axis=1) * np.linalg.norm(captions, axis=1)
+    return 100 * np.maximum((images * captions).sum(1) / norms, 0)
+
+
 def agreement(
     found: np.ndarray, maps: np.ndarray, ground: int | None = None
 ) -> tuple[float, float]:

@@ -212,13 +212,13 @@ def resize_bicubic(images: Array, height: int, width: int) -> Array:
     for axis, size in ((2, width), (1, height)):
         length = images.shape[axis]
         if length != size:
-            weights = jnp.asarray(_bicubic_weights(length, size), jnp.float32)
+            weights = jnp.asarray(bicubic_weights(length, size), jnp.float32)
             images = jnp.tensordot(images, weights, (axis, 1), precision=PRECISION)
             images = jnp.moveaxis(images, -1, axis)
     return images
 
 
-def _bicubic_weights(length: int, size: int) -> np.ndarray:
+def bicubic_weights(length: int, size: int) -> np.ndarray:
     """How much each of `length` pixels gives to each of `size`: (size, length) float64."""
     scale = length / size
     stretch = max(scale, 1.0)

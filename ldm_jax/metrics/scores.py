@@ -84,9 +84,24 @@ def fid_at_infinity(
     """The Frechet distance that infinitely many samples would have, and its standard error.
 
     Chong & Forsyth 2020, section 4: the distance is biased by an amount in proportion to 1 / N, to
-    first order. A line in 1 / N is laid through the distances of `sizes` sets of samples, drawn
-    without putting back, from a tenth of all (5,000 of 50,000), but more than the width, to all.
-    The bias of the reference's own size stays.
+    first order. A line in 1 / N is laid through those of `distances_by_count`, which has the
+    arguments and raises UserError. The bias of the reference's own size stays.
+    """
+    return extrapolate(*distances_by_count(features, mean, covariance, sizes=sizes, seed=seed))
+
+
+def distances_by_count(
+    features: np.ndarray,
+    mean: np.ndarray,
+    covariance: np.ndarray,
+    *,
+    sizes: int = SIZES,
+    seed: int = 0,
+) -> tuple[list[int], list[float]]:
+    """Frechet distances of sets of several sizes, and these sizes first.
+
+    The sets are drawn without putting back, from a tenth of all (5,000 of 50,000), but more than
+    the width, to all.
 
     Args:
         features: of the samples, (N, D).
@@ -113,7 +128,7 @@ def fid_at_infinity(
         for start in range(0, n, _ROWS):  # which are moved to float64
             statistics.add(features[chosen[start : start + _ROWS]])
         distances.append(frechet_distance(mean, covariance, *statistics.result()))
-    return extrapolate(counts, distances)
+    return counts, distances
 
 
 def extrapolate(counts: Sequence[int], distances: Sequence[float]) -> tuple[float, float]:

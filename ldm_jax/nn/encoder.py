@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from ldm_jax.errors import UserError
 from ldm_jax.nn.attention import attend
-from ldm_jax.nn.layers import Dense, LayerNorm
+from ldm_jax.nn.layers import Dense, LayerNorm, along_last
 from ldm_jax.types import Array
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "silu": nn.silu,
 }
 
 
@@ -68,7 +69,11 @@ class EncoderLayer(nn.Module):
         heads: number of attention heads.
         head_dim: width of one; heads * head_dim need not be C.
         mlp_width: hidden channels of the MLP.
-        activation: 'gelu' (exact) or 'quick_gelu'.
+        activation: 'gelu' (exact), 'quick_gelu' or 'silu'.
+        gated: the MLP's input layer also gives factors of what is activated (Shazeer 2020, with
+            'silu': SwiGLU), as many again.
+        layer_scale: each branch is multiplied by a weight for each channel before it is added
+            (Touvron et al. 2021, "Going deeper with Image Transformers", section 2).
         qkv_bias: whether the projections to q, k and v have a bias.
         norm_last: normalise after each residual sum, as in BERT, and not before each branch.
         epsilon: of both layer normalisations.
@@ -78,6 +83,8 @@ class EncoderLayer(nn.Module):
     head_dim: int
     mlp_width: int
     activation: str = "gelu"
+    gated: bool = False
+    layer_scale: bool = False
     qkv_bias: bool = True
     norm_last: bool = False
     epsilon: float = 1e-5
@@ -99,9 +106,20 @@ class EncoderLayer(nn.Module):
             return dense(channels, name="out")(h.reshape(*h.shape[:2], -1))
 
         def mlp(h: Array) -> Array:
-            h = ACTIVATIONS[self.activation](dense(self.mlp_width, name="mlp_in")(h))
-            return dense(channels, name="mlp_out")(h)
+            h = dense(self.mlp_width * (2 if self.gated else 1), name="mlp_in")(h)
+            h, *factors = jnp.split(h, 2, axis=-1) if self.gated else (h,)
+            h = ACTIVATIONS[self.activation](h)
+            return dense(channels, name="mlp_out")(h * factors[0] if factors else h)
 
-        for norm, branch in zip(norms, (attention, mlp), strict=True):
-            x = norm(x + branch(x)) if self.norm_last else x + branch(norm(x))
+        def scaled(i: int, h: Array) -> Array:
+            if not self.layer_scale:
+                return h
+            weights = self.param(f"scale_{i}", nn.initializers.ones, (channels,), jnp.float32)
+            return h * along_last(weights, h.ndim)
+
+        for i, branch in enumerate((attention, mlp)):
+            if self.norm_last:
+                x = norms[i](x + scaled(i, branch(x)))
+            else:
+                x = x + scaled(i, branch(norms[i](x)))
         return x

@@ -37,7 +37,9 @@ class Interrupts:
         self.unsaved = False
         self.leaving: Callable[[], None] = lambda: None
         self._alone = False  # the command's only process, which others do not wait for
-        self._first = threading.Lock()
+        # Held while the first signal is told of, which the watching thread must not cut short;
+        # reentrant, as a second one may come meanwhile.
+        self._telling = threading.RLock()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interrupts:
@@ -97,12 +99,13 @@ class Interrupts:
         self._hear(number)
 
     def _hear(self, number: int) -> None:
-        if self._first.acquire(blocking=False):
-            what = "saving after the step in progress" if self.unsaved else "stopping"
-            # Not print: the signal may have come in the middle of one, which must not be entered
-            # again.
-            os.write(2, f"\n{signal.Signals(number).name}: {what} ...\n".encode())
-        self.requested = True
+        with self._telling:
+            first, self.requested = not self.requested, True
+            if first:
+                what = "saving after the step in progress" if self.unsaved else "stopping"
+                # Not print: the signal may have come in the middle of one, which must not be
+                # entered again.
+                os.write(2, f"\n{signal.Signals(number).name}: {what} ...\n".encode())
 
     def _watch(self, pipe: int) -> None:
         """Waits for the first signal, which the main thread may be too busy to handle."""

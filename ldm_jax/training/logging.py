@@ -32,6 +32,7 @@ class MetricWriter:
         Only the first of several processes writes.
         """
         self._writes = jax.process_index() == 0
+        self._known: set[tuple[int, str]] = set()  # what was written of `start_step` before
         if not self._writes:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -46,13 +47,20 @@ class MetricWriter:
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] <= step:
                     kept.append(line + "\n")
+                if row["step"] == step:
+                    self._known |= {(step, name) for name in row}
             except (ValueError, KeyError):
                 continue  # a line that a crash cut short
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self._path)
+
+    def has(self, step: int, name: str) -> bool:
+        """Tells whether a scalar of the step from which the run goes on was written before."""
+        return (step, name) in self._known
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes one line of scalars.

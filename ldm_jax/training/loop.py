@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from ldm_jax import watchdog
+from ldm_jax import distributed, watchdog
 from ldm_jax.data.device import DeviceBatches, to_device
 from ldm_jax.data.pipeline import Batches
 from ldm_jax.errors import Diverged
@@ -42,6 +42,20 @@ class Picture(NamedTuple):
     scalars: Mapping[str, float] = {}
 
 
+class Measure(NamedTuple):
+    """A figure of a state that takes long, and so is taken now and then.
+
+    Attributes:
+        name: as written and printed.
+        every: steps between two; it is also taken at the last step.
+        take: (state, step) -> figure; all hosts call it, and it may raise Interrupted to give up.
+    """
+
+    name: str
+    every: int
+    take: Callable[[TrainState, int], float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """What the loop needs to know of a stage.
@@ -63,6 +77,7 @@ class Stage:
         snapshot_every: steps between its calls; it is also called at the last step.
         forget: removes snapshots of later steps; called with the step that training starts from.
         counts: what is counted beside the steps, to be written with their metrics.
+        measure: what is measured of states; or None.
     """
 
     name: str
@@ -80,12 +95,19 @@ class Stage:
     snapshot_every: int = 1
     forget: Callable[[int], None] | None = None
     counts: Callable[[], Mapping[str, float]] = dict
+    measure: Measure | None = None
 
     def shows(self, step: int) -> bool:
         """Tells whether a step is shown."""
         every = self.block.picture_every
         at_end = self.picture_at_end and step == self.block.steps
         return self.picture is not None and every > 0 and (step % every == 0 or at_end)
+
+    def measures(self, step: int) -> bool:
+        """Tells whether a step is measured."""
+        return self.measure is not None and (
+            step % self.measure.every == 0 or step == self.block.steps
+        )
 
     def keeps(self, step: int) -> bool:
         """Tells whether a snapshot of a step is stored."""
@@ -172,7 +194,8 @@ def _train(
             stop = votes()
             last = stop or step == block.steps
             # A signal need not wait for the end of a picture, which may take long.
-            saved = last or step % block.checkpoint_every == 0 or stage.shows(step)
+            looked_at = stage.shows(step) or stage.measures(step)
+            saved = last or step % block.checkpoint_every == 0 or looked_at
             logged = last or step % block.log_every == 0
             if saved or logged or stage.keeps(step):
                 # Before anything of this step is stored.
@@ -197,20 +220,17 @@ def _train(
                     f"saved {stage.name} at step {step} of {block.steps}; "
                     "the same command goes on from here"
                 )
-            if stage.shows(step) and step < block.steps:
+            if looked_at and step < block.steps:
                 # Given up for a signal, which the next step sees too, and then saves.
-                given_up = contextlib.suppress(Interrupted)
-                with given_up, progress.pause(), watchdog.phase("picture"):
+                with contextlib.suppress(Interrupted), progress.pause():
                     checkpoints.wait()
                     with votes.interrupts.saved():
-                        show(stage.name, step, stage.picture(state, step), writer, progress)
+                        _look(stage, state, step, writer, progress)
         # Not in the loop: a run that was stopped here resumes after its last step.
-        if stage.shows(block.steps):
-            with watchdog.phase("picture"):
-                checkpoints.wait()
-                with votes.interrupts.saved():
-                    picture = stage.picture(state, block.steps)
-                    show(stage.name, block.steps, picture, writer, progress)
+        if stage.shows(block.steps) or stage.measures(block.steps):
+            checkpoints.wait()
+            with votes.interrupts.saved():
+                _look(stage, state, block.steps, writer, progress)
     finally:
         progress.close()
         writer.close()
@@ -273,13 +293,34 @@ def _go_back(stage: Stage, broken: Broken, checkpoints: Checkpoints, rollbacks: 
     )
 
 
+def _look(
+    stage: Stage, state: TrainState, step: int, writer: MetricWriter, progress: Progress
+) -> None:
+    """Shows and measures a state, where that is due and, of the last step, not done before."""
+    if stage.shows(step):
+        with watchdog.phase("picture"):
+            show(stage.name, step, stage.picture(state, step), writer, progress)
+    measure = stage.measure
+    if stage.measures(step) and not distributed.any_host(writer.has(step, measure.name)):
+        with watchdog.phase("evaluate"):
+            scalars = {measure.name: measure.take(state, step)}
+        _tell(stage.name, step, scalars, writer, progress)
+
+
 def show(name: str, step: int, picture: Picture, writer: MetricWriter, progress: Progress) -> None:
     """Writes a picture and what was measured with it, and prints the latter."""
     writer.write_image(step, name, picture.path)
     if picture.scalars:
-        writer.write(step, dict(picture.scalars))
-        values = ", ".join(f"{key} {value:.4g}" for key, value in picture.scalars.items())
-        progress.say(f"{name}: step {step}, {values}")
+        _tell(name, step, picture.scalars, writer, progress)
+
+
+def _tell(
+    name: str, step: int, scalars: Mapping[str, float], writer: MetricWriter, progress: Progress
+) -> None:
+    """Writes and prints what was measured of a step."""
+    writer.write(step, dict(scalars))
+    values = ", ".join(f"{key} {value:.4g}" for key, value in scalars.items())
+    progress.say(f"{name}: step {step}, {values}")
 
 
 def restore_or_init(

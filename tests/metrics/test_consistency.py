@@ -130,3 +130,10 @@ def test_changes_outside_a_hole_and_its_fill():
     fill[0, 0, 0, 0] += 3
     assert measure.largest_change(fill, image, hole) == 3
     assert measure.largest_change(image, fill, hole) == 3  # not of unsigned numbers
+
+
+def test_clip_score():
+    images = np.array([[2.0, 0.0], [1.0, 1.0], [1.0, 0.0]])
+    captions = np.array([[3.0, 0.0], [5.0, 0.0], [-1.0, 0.5]])
+    found = measure.clip_score(images, captions)
+    np.testing.assert_allclose(found, [100, 100 / np.sqrt(2), 0], rtol=1e-12)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import sys
 
 import jax
@@ -21,6 +22,7 @@ from ldm_jax.training.loop import Stage, fit
 from ldm_jax.training.sharding import make_mesh
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
+from tests.commands import command
 
 NAN, INF = math.nan, math.inf
 
@@ -237,3 +239,22 @@ def test_the_exit_code(capsys, monkeypatch):
         cli.run(main, [sys.argv[0]])
     assert e.value.code == cli.EXIT_DIVERGED == 76
     assert capsys.readouterr().err == "error: diffusion: 10 steps in a row\n"
+
+
+@pytest.mark.slow
+def test_a_command_that_diverges_ends_with_76_and_keeps_its_checkpoint(tmp_path):
+    args = [
+        f"--config={pathlib.Path(__file__).parents[2] / 'configs/quickstart.py:smoke'}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    args += [f"--config.train.{key}" for key in ("steps=9", "log_every=1", "picture_every=0")]
+    args += ["--config.train.max_skipped=3", "--config.train.lr=1e30"]
+    done = command("train", *args, check=False)
+    assert done.returncode == 76, done.stderr
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert line.startswith(
+        "error: diffusion: 3 steps in a row had no finite loss or gradient, from"
+    )
+    assert "Traceback" not in done.stderr
+    verified = command("checkpoint", "verify", f"--workdir={tmp_path / 'run'}", check=False)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
