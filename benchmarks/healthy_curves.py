@@ -28,7 +28,6 @@ from ldm_jax.data.task_fields import passed_on
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.first_stage_steps import first_stage_functions
-from ldm_jax.training.guard import guarded
 from ldm_jax.training.spikes import QUARTERS
 from ldm_jax.training.steps import diffusion_functions
 
@@ -178,7 +177,7 @@ def record(curve: Curve, steps: int) -> dict[str, list[float | None]]:
     )
     key = jax.random.key(config.seed)
     state = jax.jit(functools.partial(init, jax.random.fold_in(key, 0)))()
-    run = jax.jit(guarded(step), donate_argnums=0)
+    run = jax.jit(step, donate_argnums=0)
     names, columns = (curve.watched, *QUARTERS), {}
     for batch in itertools.islice(batches, steps):
         state, metrics = run(state, frozen, batch, jax.random.fold_in(key, 1))

@@ -19,6 +19,7 @@ from ldm_jax import condition_judges as judging
 from ldm_jax import condition_sheet, fields, images
 from ldm_jax.data.degradation import bicubic_down
 from ldm_jax.errors import UserError
+from ldm_jax.extractors import Clip
 from ldm_jax.held_out import Examples
 from ldm_jax.metrics import consistency as measure
 from ldm_jax.metrics.judge_networks import Classifier, Segmenter
@@ -43,12 +44,14 @@ class Context(NamedTuple):
         held: the examples whose conditions are used.
         judge: kind -> a judge.
         lpips: distances of images, or None without its weights.
+        clip: embeddings of images and captions, or None where nobody gave its weights.
     """
 
     config: ConfigDict
     held: Examples
     judge: Callable[[str], judging.Judge]
     lpips: Perceptual | None
+    clip: Clip | None = None
 
 
 class Task(NamedTuple):
@@ -132,7 +135,7 @@ def label_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> F
 
 
 def text_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:
-    """Share of the images whose caption is found among 50."""
+    """Share of the images whose caption is found among 50, and the CLIP score if CLIP is given."""
     judge, texts = context.judge("text"), context.held.captions
 
     def see(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +144,16 @@ def text_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Fi
     def measured(found: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> dict[str, float]:
         return {"caption_retrieval": measure.retrieval(*found, texts, rows, judging.CANDIDATES)}
 
-    return against(measured, samples, other, see, real=context.held.images)
+    figures = against(measured, samples, other, see, real=context.held.images)
+    if context.clip:
+        embedded = context.clip.texts(texts)
+
+        def scored(seen: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+            return {"clip_score": measure.clip_score(seen, embedded[rows]).mean()}
+
+        embed = lambda pixels: context.clip.images.extract(pixels)["pool"]  # noqa: E731
+        figures |= against(scored, samples, other, embed, real=context.held.images)
+    return figures
 
 
 def layout_figures(context: Context, samples: np.ndarray, other: np.ndarray) -> Figures:

@@ -245,8 +245,8 @@ def get_config() -> ConfigDict:
                 # sample.*, of which WORKDIR/best keeps the best model; 0 = none
                 fid_every=0,
                 fid_samples=1000,  # how many, at least 2: few are biased, but good to compare steps
-                # Of the real images: '' = training images, at most 10,000; or an .npz file, as
-                # `ldm_jax.evaluate --write_reference` writes it
+                # Real images: '' = training images, at most 10,000; a folder; or an .npz file of
+                # statistics, as `ldm_jax.evaluate --write_reference` writes it
                 fid_reference="",
             ),
             ema_decay=0.9999,  # of the denoiser's weights, reached by min(decay, (1+n)/(10+n))

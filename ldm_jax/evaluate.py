@@ -1,4 +1,4 @@
-"""Evaluates a workdir: samples, reconstructions, how conditions are obeyed, or likelihoods.
+"""Evaluates a workdir: samples, copies, reconstructions, how conditions are obeyed, likelihoods.
 
 python -m ldm_jax.evaluate --workdir=runs/quickstart
 python -m ldm_jax.evaluate --workdir=runs/imported --source=folder:photos --metrics=psnr,ssim
@@ -29,6 +29,10 @@ and compares them with real images: fid, fid_infinity, sfid, kid, is, precision,
 coverage and fd_dino. Real images are those of training, cropped and resized alike, or --reference.
 The same command goes on where it was cut off. It writes the section `samples` of metrics.json, a
 line in the workdir's README.md, samples.png and reference.png. docs/evaluation.md says more.
+
+With --of=memorisation it looks for the training image that is nearest to each sample, in pixels, by
+LPIPS and by Inception, and says which share is nearer than all but 5 % of held-out images are. It
+writes the section `memorisation` of metrics.json, and memorisation.png with the nearest ones.
 """
 
 from __future__ import annotations
@@ -48,8 +52,8 @@ distributed.define_flags()
 _OF = flags.DEFINE_string(
     "of",
     None,
-    "What is evaluated: samples, reconstruction, condition or likelihood. Default: samples where "
-    "--metrics are of these, else reconstruction.",
+    "What is evaluated: samples, reconstruction, condition, likelihood or memorisation. Default: "
+    "samples where --metrics are of these, else reconstruction.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Workdir of a run or of an imported model, or a first stage's folder."
@@ -69,8 +73,8 @@ _NUM_IMAGES = flags.DEFINE_integer(
     "num_images",
     0,
     "The first ones of the split; 0 = all. A slice such as test[:500] is a fair sample. Of "
-    "conditions and likelihoods: so many from all of the split; 0 = 256 or 128. Of samples: real "
-    "images that they are compared to, from all of the split.",
+    "conditions, likelihoods and memorisation: so many from all of the split; 0 = 256, 128 or 256. "
+    "Of samples: real images that they are compared to, from all of the split.",
 )
 _METRICS = flags.DEFINE_list(
     "metrics",
@@ -128,21 +132,38 @@ _RESIZE = flags.DEFINE_string(
     "resize", "pytorch", "How images come to Inception's size: pytorch, tensorflow or antialiased."
 )
 _DINO = flags.DEFINE_string("dino", "", "Folder with the weights of DINOv2, for fd_dino.")
+_CLIP = flags.DEFINE_string(
+    "clip",
+    "",
+    "Folder of a whole CLIP with its vocabulary, for the CLIP score of a model of texts.",
+)
+_NUM_TRAINING = flags.DEFINE_integer(
+    "num_training", 0, "Training images that are searched for copies, the first ones; 0 = all."
+)
 
-_OF_SAMPLES = (_NUM_SAMPLES, _SAMPLES, _REFERENCE, _WRITE_REFERENCE)
-_OF_SAMPLES += (_FORCE, _LABELS, _RESIZE, _DINO)
+_OF_SAMPLES = (_NUM_SAMPLES, _REFERENCE, _WRITE_REFERENCE, _FORCE, _LABELS, _RESIZE, _DINO)
+_OF_COPIES = (_NUM_TRAINING,)
 # What each kind of evaluation leaves to others.
 FOREIGN = {
-    "reconstruction": (_SEED, _SAMPLER, _STEPS, _SCALE, *_OF_SAMPLES),
-    "condition": (_METRICS, _RESOLUTION, *_OF_SAMPLES),
-    "likelihood": (_METRICS, _RESOLUTION, _SAMPLER, _SCALE, *_OF_SAMPLES),
-    "samples": (_RESOLUTION,),
+    "reconstruction": (
+        *(_SEED, _SAMPLER, _STEPS, _SCALE, _SAMPLES, _CLIP),
+        *_OF_SAMPLES,
+        *_OF_COPIES,
+    ),
+    "condition": (_METRICS, _RESOLUTION, _SAMPLES, *_OF_SAMPLES, *_OF_COPIES),
+    "likelihood": (
+        *(_METRICS, _RESOLUTION, _SAMPLER, _SCALE, _SAMPLES, _CLIP),
+        *_OF_SAMPLES,
+        *_OF_COPIES,
+    ),
+    "memorisation": (_METRICS, _RESOLUTION, _CLIP, *_OF_SAMPLES),
+    "samples": (_RESOLUTION, _CLIP, *_OF_COPIES),
 }
 
 
 def main() -> None:
     """Reads the flags, evaluates and writes."""
-    for flag in (_NUM_IMAGES, _RESOLUTION, _BATCH_SIZE):
+    for flag in (_NUM_IMAGES, _RESOLUTION, _BATCH_SIZE, _NUM_TRAINING):
         if flag.value < 0:
             raise UserError(f"--{flag.name} is {flag.value}, but must be at least 0")
     of = _kind()
@@ -169,6 +190,7 @@ def main() -> None:
         "condition": _condition,
         "likelihood": _likelihood,
         "samples": _samples,
+        "memorisation": _memorisation,
     }
     written = kinds[of](root, out)
     print(f"{written} in {out}")
@@ -228,6 +250,7 @@ def _condition(root: pathlib.Path, out: pathlib.Path) -> str:
         steps=_STEPS.value,
         guidance_scale=_SCALE.value,
         batch_size=_BATCH_SIZE.value or None,
+        clip=_CLIP.value,
     )
     record, sheet = evaluate_conditions(root, request)
     print(evaluation_tables.condition_table(record))
@@ -257,6 +280,33 @@ def _likelihood(root: pathlib.Path, out: pathlib.Path) -> str:
         with cli.writing(out):
             write_record(out / "metrics.json", {"likelihood": record})
     return "metrics.json is"
+
+
+def _memorisation(root: pathlib.Path, out: pathlib.Path) -> str:
+    """Looks for copies of training images; says what was written."""
+    from ldm_jax import images
+    from ldm_jax.memorisation import Request, evaluate_memorisation
+    from ldm_jax.records import write_record
+
+    request = Request(
+        samples=_SAMPLES.value,
+        source=_SOURCE.value,
+        split=_SPLIT.value,
+        num_images=_NUM_IMAGES.value,
+        num_training=_NUM_TRAINING.value,
+        seed=_SEED.value,
+        sampler=_SAMPLER.value,
+        steps=_STEPS.value,
+        guidance_scale=_SCALE.value,
+        batch_size=_BATCH_SIZE.value or None,
+    )
+    record, sheet = evaluate_memorisation(root, request)
+    print(evaluation_tables.memorisation_table(record))
+    if distributed.is_main():
+        with cli.writing(out):
+            images.save_png(out / "memorisation.png", sheet)
+            write_record(out / "metrics.json", {"memorisation": record})
+    return "metrics.json and memorisation.png are"
 
 
 def _samples(root: pathlib.Path | None, out: pathlib.Path) -> str:

@@ -82,6 +82,26 @@ def samples_table(record: dict[str, Any]) -> str:
     return "\n".join(lines + [f"note: {note}" for note in record["notes"]])
 
 
+def memorisation_table(record: dict[str, Any]) -> str:
+    """What a record of memorisation says: a line for each space."""
+    training, held = record["training"], record["held_out"]
+    lines = [
+        f"{record['num_samples']} samples beside {training['num_images']:,} training images"
+        f"{' and their mirror images' if training['mirrored'] else ''} ({training['source']}, "
+        f"{training['split']}) and {held['num_images']} held-out ones ({held['source']}, "
+        f"{held['split']})",
+        f"{'distance to the nearest':<26}{'threshold':>12}{'share below':>20}{'held out':>12}"
+        f"{'median':>12}{'held out':>12}",
+    ]
+    for name, found in record["spaces"].items():
+        share = f"{found['share']:.4f} +- {found['standard_error']:.4f}"
+        lines.append(
+            f"  {name:<24}{found['threshold']:>12.4f}{share:>20}{found['held_out_share']:>12.4f}"
+            f"{found['median']:>12.4f}{found['held_out_median']:>12.4f}"
+        )
+    return "\n".join(lines)
+
+
 def samples_line(record: dict[str, Any]) -> str:
     """The same in one line of a list in Markdown."""
     values = []

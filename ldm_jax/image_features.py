@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm_jax import distributed, images, lock, memory
 from ldm_jax.metrics.features import Extractor, Features
-from ldm_jax.metrics.store import Collected, FeatureStore, Kinds, bytes_needed, short_digest
+from ldm_jax.metrics.store import Collected, FeatureStore, Kinds, bytes_needed, find_store
 
 SHOWN = 64  # images in a picture
 PICTURE = "first.png"
@@ -81,12 +81,11 @@ def collect(
     """
     digests = {name: extractor.digest for name, extractor in extractors.items()}
     about = {**origin.about, "count": origin.count, "networks": digests}
-    place = folder / short_digest(about)
-    main = distributed.is_main()
+    place, kinds = find_store(folder, about, kinds, origin.count)
     with contextlib.ExitStack() as stack:
         store = None
         with distributed.agreed():
-            if main:
+            if distributed.is_main():
                 stack.enter_context(lock.hold(place))
                 store = FeatureStore(place, about, kinds)
         done = distributed.most(store.done if store else 0)

@@ -14,6 +14,7 @@ from ldm_jax import condition_sheet
 from ldm_jax import workdir as files
 from ldm_jax.condition_figures import Context, Figures, Task, conditional_tasks, guided_tasks
 from ldm_jax.errors import UserError
+from ldm_jax.extractors import load_clip
 from ldm_jax.held_out import Examples, choose_data, count_trained, read_examples
 from ldm_jax.metrics.consistency import derangement
 from ldm_jax.perceptual import load_perceptual
@@ -32,6 +33,7 @@ class Request(NamedTuple):
         seed: sample i comes from seed + i; the sheet has two more, from seed + N + i and 2 N + i.
         sampler: see `Pipeline.sample`, as for `steps` and `guidance_scale`.
         batch_size: images at a time; never changes one.
+        clip: folder of a CLIP, for the CLIP score of a model of texts; '' leaves that out.
     """
 
     source: str = ""
@@ -42,6 +44,7 @@ class Request(NamedTuple):
     steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int | None = None
+    clip: str = ""
 
 
 def evaluate_conditions(
@@ -60,6 +63,11 @@ def evaluate_conditions(
             f"{workdir} has a first stage and no denoiser, so there is nothing to sample: train "
             "one, or use --of=reconstruction"
         )
+    clip = None
+    if request.clip and "text" not in pipe.config.conditioners:
+        raise UserError("--clip is for models of texts, which this is not: leave it out")
+    if request.clip:
+        clip = load_clip(request.clip, pipe.mesh)  # before the judges, which take a while
     config, split = choose_data(pipe.config, request.source, request.split)
     notes, own = [], config.data.source == pipe.config.data.source
     # Other data may number their classes otherwise.
@@ -99,7 +107,7 @@ def evaluate_conditions(
     notes += [note] if note and uses_lpips else []
     for line in notes:
         print(f"note: {line}")
-    context = Context(config, held, judge, lpips)
+    context = Context(config, held, judge, lpips, clip)
     s, scale = pipe.config.sample, request.guidance_scale
     settings = {
         "sampler": s.sampler if request.sampler is None else request.sampler,
@@ -122,6 +130,8 @@ def evaluate_conditions(
         },
         "notes": notes,
     }
+    if clip:
+        record["clip"] = clip.images.digest
     return record, sheet
 
 

@@ -19,7 +19,6 @@ from ldm_jax.first_stage.lpips import LPIPS
 from ldm_jax.networks import Networks
 from ldm_jax.training.checkpoint import abstract_like
 from ldm_jax.training.first_stage_steps import first_stage_functions
-from ldm_jax.training.guard import guarded
 from ldm_jax.training.sharding import (
     batch_parts,
     batch_sharding,
@@ -182,7 +181,7 @@ def _training(init: Callable, step: Callable, frozen: Any, batch: Any, mesh: Mes
         "frozen weights": frozen,
     }
     return Program(
-        guarded(step),
+        step,
         (state, frozen, abstract_like(batch, batch_sharding(mesh)), key),
         parts,
         jax.tree.leaves(batch)[0].shape[0],

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from ldm_jax.data.sources import Source
 from ldm_jax.errors import UserError
 from ldm_jax.extractors import load_extractor
 from ldm_jax.held_out import choose_rows
-from ldm_jax.metrics.features import Extractor
+from ldm_jax.metrics.features import Extractor, Features
 from ldm_jax.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_jax.metrics.references import (
     Reference,
@@ -38,11 +39,14 @@ from ldm_jax.metrics.references import (
     load_reference,
     save_reference,
 )
+from ldm_jax.metrics.sets import Needed
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.sample_references import References, open_references
 from ldm_jax.training import latents
 from ldm_jax.training.sharding import gather
 
-REFERENCE = pathlib.Path("progress") / "reference.npz"  # in the workdir
+FOLDER = "progress"  # in the workdir, with the statistics of the real images
+REFERENCE = "reference.npz"
 REFERENCE_IMAGES = 10_000  # real images at most
 BEST = "best"  # the folder of the best weights, in the workdir
 _BATCH_SIZE = 64  # real images at a time
@@ -62,11 +66,11 @@ def check(config: ConfigDict, source: Source, mesh: jax.sharding.Mesh) -> None:
     except UserError as error:
         raise UserError(f"{error}, or set config.train.fid_every=0") from error
     if c.fid_reference:
-        load_reference(c.fid_reference, extractor)
+        _given(config, extractor)
     elif isinstance(source, LatentsSource):
         raise UserError(
             "config.train.fid_every needs real images, but config.data.source holds latents: set "
-            "config.train.fid_reference to statistics of them (an .npz file), or fid_every=0"
+            "config.train.fid_reference to a folder or statistics of them, or fid_every=0"
         )
     elif len(source) < 2:
         raise UserError(f"config.train.fid_every needs 2 images at least, there is {len(source)}")
@@ -76,8 +80,9 @@ class SamplesFID:
     """The FID of a model's samples, by config.train: the same measurement at every step.
 
     Sample i has seed i and the condition of an example of the data; these are drawn evenly from all
-    of it, as are the real images, which are centred crops, not mirrored. Each host measures all
-    samples, since they are few. Nothing is loaded or read before it is needed.
+    of it, as are the real images, which are centred crops, not mirrored. Each host has the features
+    of all samples, since these are few, and process 0 the figure. Nothing is loaded or read before
+    it is needed.
 
     Args:
         config: of the run.
@@ -101,7 +106,7 @@ class SamplesFID:
         self._first_stage, self._mesh, self._interrupted = first_stage, mesh, interrupted
 
     def __call__(self, pipe: Pipeline) -> float:
-        """Samples and measures; raises what `interrupted` does."""
+        """Samples and measures: NaN but on process 0; raises what `interrupted` does."""
         count, size = self._config.train.fid_samples, self._config.sample.batch_size
         found = FeatureStatistics(self.extractor.outputs["pool"])
         reference = self.reference
@@ -112,6 +117,8 @@ class SamplesFID:
             conditions = pictures.conditions(self._config, self._source, rows)
             made = pipe.sample(range(start, start + size), conditions)[: count - start]
             found.add(self.extractor.extract(made)["pool"])
+        if reference is None:
+            return math.nan
         return frechet_distance(*found.result(), reference.mean, reference.covariance)
 
     @functools.cached_property
@@ -120,11 +127,16 @@ class SamplesFID:
         return load_extractor("inception", mesh=self._mesh, outputs=("pool",))
 
     @functools.cached_property
-    def reference(self) -> Reference:
-        """Statistics of the real images: given, kept in the workdir, or made and kept there."""
-        if given := self._config.train.fid_reference:
-            return load_reference(given, self.extractor)
-        path, origin = self._workdir / REFERENCE, _origin(self._config, len(self._source))
+    def reference(self) -> Reference | None:
+        """Statistics of the real images: given, kept in the workdir, or made and kept there; on
+        process 0, which alone compares."""
+        folder = self._workdir / FOLDER
+        if self._config.train.fid_reference:
+            return _given(self._config, self.extractor).collect(folder).get("inception")
+        if not distributed.is_main():
+            return None
+        rows = np.sort(epoch_order(0, 0, len(self._source))[:REFERENCE_IMAGES]).tolist()
+        path, origin = folder / REFERENCE, _origin(self._config, self._source, rows)
         if path.is_file():
             try:
                 kept = load_reference(path, self.extractor)
@@ -133,22 +145,20 @@ class SamplesFID:
             if kept and kept.origin == origin:
                 return kept
         made = from_features(
-            self._real_features(),
+            self._real_features(rows),
             self.extractor,
             resolution=self._config.data.resolution,
             origin=origin,
         )
-        if distributed.is_main():
-            save_reference(path, made)
+        save_reference(path, made)
         return made
 
-    def _real_features(self) -> Any:
-        rows = epoch_order(0, 0, len(self._source))[:REFERENCE_IMAGES]
+    def _real_features(self, rows: Sequence[int]) -> Iterator[Features]:
         batches = epoch_batches(
             self._source,
             latents.transform(self._config),
             _BATCH_SIZE,
-            rows=np.sort(rows).tolist(),  # files are read faster in their order
+            rows=rows,
             threads=self._config.data.threads,
         )
         for batch in batches:
@@ -158,7 +168,7 @@ class SamplesFID:
     @functools.cached_property
     def settings(self) -> str:
         """SHA-256, in hex, of all that the figure depends on but for the weights that are trained:
-        figures of equal settings can be compared."""
+        figures of equal settings can be compared. On process 0."""
         c = self._config
         parts = {
             "samples": c.train.fid_samples,
@@ -179,9 +189,10 @@ class SamplesFID:
         Raises:
             UserError: it cannot be written.
         """
-        settings, folder = self.settings, self._workdir / BEST
-        before = read_best(self._workdir, settings) if distributed.is_main() else None
-        better = distributed.is_main() and (before is None or fid < before.fid)
+        folder, before, better = self._workdir / BEST, None, False
+        if distributed.is_main():
+            before = read_best(self._workdir, self.settings)
+            better = before is None or fid < before.fid
         if not distributed.any_host(better):
             return
         weights = gather({name: pipe.variables[name] for name in ("denoiser", "conditioner")})
@@ -198,7 +209,7 @@ class SamplesFID:
                 pipe.step,
                 files.read_labels(self._workdir),
                 files.tokenizer_folder(self._workdir, self._config),
-                {"fid": repr(fid), "fid_settings": settings},
+                {"fid": repr(fid), "fid_settings": self.settings},
             )
         except OSError as error:
             raise UserError(
@@ -207,11 +218,28 @@ class SamplesFID:
             ) from error
 
 
-def _origin(config: ConfigDict, count: int) -> str:
+def _given(config: ConfigDict, extractor: Extractor) -> References:
+    """The reference that the config names, a folder or an .npz file."""
+    side = config.data.resolution
+    return open_references(
+        config.train.fid_reference,
+        {"inception": extractor},
+        {"inception": Needed(features=False, spatial=False)},
+        config=config,
+        size=(side, side),
+        count=0,
+    )
+
+
+def _origin(config: ConfigDict, source: Source, rows: Sequence[int]) -> str:
+    """Which images of the data a reference is made of, in words and by a digest of their names."""
     c = config.data
     where = f", {c.where}" if c.where else ""
-    used = f"{min(count, REFERENCE_IMAGES):,} of {count:,} images"
-    return f"{c.source}, {c.split}{where}: {used}, centred crops of {c.resolution}x{c.resolution}"
+    names = hashlib.sha256("\n".join(source.name(row) for row in rows).encode()).hexdigest()
+    return (
+        f"{c.source}, {c.split}{where}: {len(rows):,} of {len(source):,} images, centred crops of "
+        f"{c.resolution}x{c.resolution}, names {names[:12]}"
+    )
 
 
 class Best(NamedTuple):

@@ -24,7 +24,8 @@ from ldm_jax.training.evaluation import Evaluation, evaluation_batches, evaluato
 from ldm_jax.training.sharding import make_mesh
 
 PER_DEVICE = 8  # images at a time, unless one says otherwise
-SECTIONS = ("condition", "likelihood", "samples")  # of a record; what is of a first stage has none
+# Of a record; what is of a first stage has none.
+SECTIONS = ("condition", "likelihood", "samples", "memorisation")
 
 
 def evaluate_first_stage(

@@ -16,6 +16,8 @@ workdir/
   progress/              the statistics of real images that this is measured with
   samples/               grids
   evaluation/            what `evaluate` writes; reconstructions/ is of `reconstruct`
+    features/            what it has done of samples and real images; may be deleted
+  README.md              a line for each evaluation of samples
   starts.jsonl           when training was started, and on what machine
   metrics.jsonl, events.out.tfevents.*, parameters.txt
 """

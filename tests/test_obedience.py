@@ -18,10 +18,12 @@ from ldm_jax.data import scenes_vocabulary as vocabulary
 from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.layout import encode_layout
 from ldm_jax.errors import UserError
+from ldm_jax.extractors import Clip
 from ldm_jax.first_stage import lpips as lpips_module
 from ldm_jax.held_out import count_trained, read_examples
 from ldm_jax.images import encode_png
 from ldm_jax.metrics.consistency import derangement
+from ldm_jax.metrics.features import Extractor
 from ldm_jax.obedience import Request, evaluate_conditions
 from ldm_jax.perceptual import load_perceptual
 from ldm_jax.records import write_record
@@ -176,6 +178,8 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
         (["--of=conditions"], "--of=conditions: choose from reconstruction, condition"),
         (["--of=condition", "--metrics=psnr"], "--metrics is of --of=reconstruction"),
         (["--steps=3"], "--steps is of --of=condition"),
+        (["--of=memorisation", "--clip=x"], "--clip is of --of=condition: leave"),
+        (["--num_training=9"], "--num_training is of --of=memorisation: leave"),
     ],
 )
 def test_bad_commands_get_one_clear_line(args, message):
@@ -306,6 +310,29 @@ def test_samples_are_judged_once(kind, tmp_path, monkeypatch):
     context = Context(config, held, lambda kind: {}, None)
     FIGURES[kind](context, held.images, derangement(4))
     assert seen == [4, 4]  # the samples, and the real images
+
+
+def test_clip_scores_images_by_their_captions(tmp_path, monkeypatch):
+    held = read_examples(toy("text"), tmp_path, "train[300:600]", 4)
+    embeddings = lambda judge, x, texts: (np.ones((4, 2)), np.ones((4, 2)))  # noqa: E731
+    monkeypatch.setattr(judging, "embeddings", embeddings)
+    # Image and caption i lie on axis i, but those of the real images halfway to another axis.
+    own, halfway = np.eye(8)[:4], np.eye(8)[:4] + np.eye(8)[4:]
+    samples = np.zeros_like(held.images)
+    pool = lambda x: {"pool": halfway if x is held.images else own}  # noqa: E731
+    clip = Clip(Extractor("clip", "", "", {"pool": 8}, pool), lambda captions: 3 * own)
+    context = Context(toy("text"), held, lambda kind: {}, None, clip)
+    figures = FIGURES["text"](context, samples, derangement(4))
+    assert list(figures) == ["caption_retrieval", "clip_score"]
+    want = {"samples": 100, "shuffled": 0, "real": 100 / np.sqrt(2)}
+    assert figures["clip_score"] == pytest.approx(want)
+
+
+def test_clip_is_for_models_of_texts(tmp_path):
+    with pytest.raises(UserError, match="--clip is for models of texts"):
+        evaluate_conditions(save(tmp_path / "run", toy("label")), Request(clip="clip"))
+    with pytest.raises(UserError, match=r"no CLIP in clip: it has no config\.json"):
+        evaluate_conditions(save(tmp_path / "text", toy("text")), Request(clip="clip"))
 
 
 def test_maps_without_a_ground_have_no_objects(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def soak(out: pathlib.Path, kills: int, steps: int, every: int, seed: int, say: 
         RuntimeError: the run ended in a way that it must not.
     """
     out.mkdir(parents=True, exist_ok=True)
-    argument = f"dit,{steps},{every}"
+    argument = f"dit,{steps},{every},0"
     straight, first = _undisturbed(out, argument)
     workdir, record, chance = out / "broken", out / "kills.jsonl", random.Random(seed)
     rows = []
@@ -151,7 +151,7 @@ def _kill(
 
 
 def preempt(out: pathlib.Path, trials: int, steps: int, seed: int, say: Say) -> dict[str, Any]:
-    """Sends SIGTERM at random moments of a run of three stages, with pictures and evaluations.
+    """Sends SIGTERM at random moments of a run of both stages, with pictures and evaluations.
 
     The run goes on after each, and begins again when it is done; every other trial gets a second
     signal within a second. A step is lost that the metrics tell of and no checkpoint holds.
@@ -161,7 +161,7 @@ def preempt(out: pathlib.Path, trials: int, steps: int, seed: int, say: Say) -> 
         end of the process.
     """
     out.mkdir(parents=True, exist_ok=True)
-    argument, chance = f"kl_unet_classifier,{steps},{steps}", random.Random(seed)
+    argument, chance = f"kl_dit,{steps},{steps},{steps // 2}", random.Random(seed)
     straight, workdir, rows = out / "straight", out / "broken", []
     _undisturbed(out, argument)  # which compiles
     shutil.rmtree(straight)

@@ -47,14 +47,6 @@ class Kinds(NamedTuple):
             and set(self.kept) >= set(other.kept)
         )
 
-    def joined(self, other: Kinds) -> Kinds:
-        """All that either has."""
-        return Kinds(
-            self.widths | other.widths,
-            tuple(dict.fromkeys((*self.summed, *other.summed))),
-            tuple(dict.fromkeys((*self.kept, *other.kept))),
-        )
-
 
 class Collected(NamedTuple):
     """Features of a set of images, by their names.
@@ -73,13 +65,12 @@ class Collected(NamedTuple):
 class FeatureStore:
     """Collects features of images 0, 1, 2, ... of one origin, and goes on where it was left.
 
-    What lies in the folder is used if it is of the same origin and has what is wanted. Otherwise it
-    is removed, and what it had is collected too, so that two wishes in turn do not undo each other.
+    What lies in the folder is used if it is of the same origin and kinds, and else removed.
 
     Args:
         folder: for its files, which is made; one process at a time may use it.
         about: what the images follow from, in values that JSON can hold.
-        kinds: what is wanted.
+        kinds: what is collected.
 
     Raises:
         UserError: the folder cannot be written.
@@ -92,7 +83,7 @@ class FeatureStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not self._resume():
-                self._begin()
+                self._begin()  # without what was read of a damaged one
             known = set(self._parts) | {folder / STATISTICS}
             for path in folder.glob("*.npz*"):  # of another origin, or not complete
                 if path not in known or self.done == 0:
@@ -114,18 +105,8 @@ class FeatureStore:
         try:
             with np.load(self._folder / STATISTICS, allow_pickle=False) as file:
                 said = json.loads(str(file["about"]))
-                kinds = Kinds(
-                    {str(k): int(v) for k, v in said["widths"].items()},
-                    tuple(said["summed"]),
-                    tuple(said["kept"]),
-                )
-                if said["images"] != self._about:
+                if said["images"] != self._about or _kinds(said) != self.kinds:
                     return False
-                if not kinds.holds(self.kinds):
-                    self.kinds = kinds.joined(self.kinds)
-                    return False
-                self.kinds = kinds
-                self._begin()
                 for name, running in self._running.items():
                     running.count = int(file[f"{name}.count"])
                     running.mean = file[f"{name}.mean"]
@@ -206,9 +187,36 @@ class FeatureStore:
         )
 
 
-def short_digest(about: Mapping[str, Any]) -> str:
-    """Twelve hex digits that stand for values that JSON can hold."""
-    return hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()[:12]
+def find_store(
+    folder: pathlib.Path, about: Mapping[str, Any], kinds: Kinds, count: int
+) -> tuple[pathlib.Path, Kinds]:
+    """Where the store of so many images lies below a folder, and what it collects.
+
+    It is one that has all that is wanted, and perhaps more, of all the images; else that of these
+    kinds alone, which there may not be yet.
+    """
+    name = _short_digest(about)
+    wanted = json.loads(json.dumps(dict(about)))
+    for path in sorted(folder.glob(f"{name}-*/{STATISTICS}")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                said = json.loads(str(file["about"]))
+            complete = said["images"] == wanted and said["done"] == count
+            if complete and _kinds(said).holds(kinds):
+                return path.parent, _kinds(said)
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+            continue  # damaged
+    return folder / f"{name}-{_short_digest(kinds._asdict())}", kinds
+
+
+def _kinds(said: Mapping[str, Any]) -> Kinds:
+    widths = {str(name): int(width) for name, width in said["widths"].items()}
+    return Kinds(widths, tuple(said["summed"]), tuple(said["kept"]))
+
+
+def _short_digest(about: Mapping[str, Any]) -> str:
+    """Eight hex digits that stand for values that JSON can hold."""
+    return hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def bytes_needed(kinds: Kinds, images: int, kept: int) -> int:

@@ -111,7 +111,10 @@ def _quality(run: Run) -> list[tuple[str, str]]:
         if math.isfinite(row.get("fid", math.nan))
     ]
     if (fid := find_figure(run.record.get("samples"), "fid")) is not None:
-        found.append((number(fid), "FID of samples"))
+        count = run.record["samples"].get("num_samples")
+        found.append(
+            (number(fid), f"FID of {number(count)} samples" if count else "FID of samples")
+        )
     elif measured:
         best, step = min(measured)
         count = number(run.config.get("train.fid_samples"))
@@ -169,7 +172,10 @@ def _samples(run: Run) -> Markup | None:
     parts = [tag("p", words, class_="sub"), gallery(shown, "samples")]
     if run.nearest:
         near = Shown(run.nearest, "End", "each sample above its nearest training image")
-        parts += [tag("h3", "Nearest training images"), gallery([near], "nearest", wide=True)]
+        parts += [
+            tag("h3", "Nearest training images"),
+            gallery([near], "nearest", "samples", wide=True),
+        ]
     return join(parts)
 
 
@@ -243,8 +249,10 @@ def _machines(starts: Sequence[Mapping[str, Any]]) -> list[Markup]:
         shown = {key.replace("_", " "): value for key, value in json.loads(machine).items()}
         if memory := shown.pop("memory bytes", None):
             shown["memory of a host"] = size(memory)
-        last = f" and {len(times) - 1} times more, last at {times[-1]}" if len(times) > 1 else ""
-        parts += [tag("h3", "Machine"), pairs(shown | {"started": f"{times[0]}{last}"})]
+        shown["started"] = times[0]
+        if len(times) > 1:
+            shown["started"] = f"{len(times)} times, {times[0]} to {times[-1]}"
+        parts += [tag("h3", "Machine"), pairs(shown)]
     return parts
 
 

@@ -66,11 +66,12 @@ def find_figure(record: Any, key: str) -> float | None:
     """The first finite number of that name anywhere in a record; None if there is none."""
     if not isinstance(record, dict):
         return None
-    for name, value in record.items():
-        if name == key and _is_number(value) and math.isfinite(value):
-            return float(value)
-    found = (find_figure(value, key) for value in record.values())
-    return next((value for value in found if value is not None), None)
+    value = record.get(key)
+    value = value.get("value") if isinstance(value, dict) else value
+    if _is_number(value) and math.isfinite(value):
+        return float(value)
+    found = (find_figure(part, key) for part in record.values())
+    return next((x for x in found if x is not None), None)
 
 
 # -- curves --------------------------------------------------------------------------------------
@@ -156,6 +157,10 @@ def _record_part(title: str, record: Mapping[str, Any]) -> Markup:
         elif isinstance(value, dict) and value and _is_figures(key, value):
             head = None if key in PLAIN else tag("h4", HEADS.get(key, words.figure(key).name))
             tables += [head, _figures(value)]
+            lists = {name: part for name, part in value.items() if isinstance(part, dict)}
+            for name, part in lists.items():
+                rest = {k: x for k, x in part.items() if not _is_number(x)}
+                settings |= _settings(name, rest) if rest else {}
         else:
             settings |= _settings(key, value)
     shown = pairs({name.replace("_", " "): value for name, value in settings.items()})
@@ -165,7 +170,7 @@ def _record_part(title: str, record: Mapping[str, Any]) -> Markup:
 def _is_figures(key: str, value: Mapping[str, Any]) -> bool:
     """Whether a part of a record holds figures, and not settings."""
     numbers = all(
-        _is_number(x) or (isinstance(x, dict) and x and all(map(_is_number, x.values())))
+        _is_number(x) or (isinstance(x, dict) and any(map(_is_number, x.values())))
         for x in value.values()
     )
     return numbers and (
@@ -177,8 +182,8 @@ def _figures(values: Mapping[str, Any]) -> Markup:
     """A line for each figure, a column for each number that it has."""
     columns: list[str] = []
     for value in values.values():
-        names = value if isinstance(value, dict) else ("value",)
-        columns += [name for name in names if name not in columns]
+        names = value if isinstance(value, dict) else {"value": value}
+        columns += [x for x in names if _is_number(names[x]) and x not in columns]
     rows = []
     for key, value in values.items():
         figure, cells = words.figure(key), value if isinstance(value, dict) else {"value": value}

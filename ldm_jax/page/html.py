@@ -63,11 +63,12 @@ def number(value: Any, digits: int = 4) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as people say them, in two units."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)

@@ -33,15 +33,16 @@ def spread(items: Sequence, most: int = MOST_SHOWN) -> list:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def gallery(pictures: Sequence[Shown], name: str, wide: bool = False) -> Markup:
+def gallery(pictures: Sequence[Shown], name: str, section: str = "", wide: bool = False) -> Markup:
     """Pictures side by side; each is seen as large as the window at a click.
 
     Args:
         pictures: PNG files.
         name: by which the page's links call them; unique in it.
+        section: of the page, to which one comes back; '' = that of the name.
         wide: one below the other, for those that are much wider than high.
     """
-    figures = [_figure(shown, f"{name}-{i}", name) for i, shown in enumerate(pictures)]
+    figures = [_figure(shown, f"{name}-{i}", section or name) for i, shown in enumerate(pictures)]
     return tag("div", *figures, class_="pictures wide" if wide else "pictures")
 
 

@@ -13,6 +13,7 @@ from ldm_jax import builders, random
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.objective import quartile_means
 from ldm_jax.diffusion.times import UNIFORM, draw_times
+from ldm_jax.training import guard
 from ldm_jax.training.accumulate import accumulated_grad
 from ldm_jax.training.latents import draw_latents
 from ldm_jax.training.optim import learning_rate, make_optimizer, shared_metrics
@@ -63,13 +64,17 @@ def classifier_functions(config: ConfigDict) -> tuple[Init, Step]:
         (loss, (losses, right, t)), grads = accumulated_grad(
             loss_fn, state.params, (batch, keys), block.accumulate
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+
+        def update() -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return TrainState(state.step + 1, params, state.ema_params, opt_state)
+
         measured = {"loss": loss, "accuracy": right.mean()}
         for name, values in (("loss", losses), ("accuracy", right)):
             quarters = quartile_means(values, t, process.steps)
             measured |= {f"{name}_{quarter}": mean for quarter, mean in quarters.items()}
-        new = TrainState(state.step + 1, params, state.ema_params, opt_state)
-        return new, {**measured, **shared_metrics(rate, state.step, grads)}
+        metrics = {**measured, **shared_metrics(rate, state.step, grads)}
+        return guard.checked_update(update, state, metrics)
 
     return init, step

@@ -21,6 +21,7 @@ from ldm_jax.first_stage.losses import (
     regulariser,
 )
 from ldm_jax.first_stage.lpips import LPIPS
+from ldm_jax.training import guard
 from ldm_jax.training.ema import ema_decay, ema_update
 from ldm_jax.training.optim import (
     ADAM_SHARE,
@@ -130,7 +131,7 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
         if c.learn_log_variance:
             log_variance = state.params["observation"]["log_variance"]
         error = functools.partial(likelihood, frozen, image)
-        grads, stats = {}, dict(state.stats)
+        grads, seen_stats = {}, state.stats
         if discriminator is None:
             value, out_grads, more = _without_discriminator(error, reconstruction, log_variance)
         else:
@@ -150,41 +151,47 @@ def first_stage_functions(config: ConfigDict) -> tuple[Init, Step]:
             )
             learns = adversarial_factor(state.step, d.start, d.factor)
             grads["discriminator"] = jax.tree.map(lambda g: learns * g, grads["discriminator"])
-            stats, more = stats | after, more | seen
+            seen_stats, more = seen_stats | after, more | seen
             more["discriminator_grad_norm"] = optax.global_norm(grads["discriminator"])
         grads["first_stage"] = pull((out_grads[0], jnp.ones_like(term)))[0]
         if c.learn_log_variance:
             grads["observation"] = {"log_variance": out_grads[1]}
             more["log_variance"] = log_variance
 
-        params, opt_state = {}, {}
-        for part, tree in state.params.items():
-            updates, opt_state[part] = optimizers[part].update(
-                grads[part], state.opt_state[part], tree
-            )
-            params[part] = optax.apply_updates(tree, updates)
-        if c.kind == "vq":
-            reset_key = jax.random.fold_in(step_key, image.shape[0] + 1)
-            codebook, stats["codebook"] = _tend(
-                c.codebook,
-                params["first_stage"]["codebook"],
-                stats["codebook"],
-                aux,
-                ema_decay(state.step + 1, c.codebook.decay),
-                reset_key,
-            )
-            params["first_stage"] = params["first_stage"] | {"codebook": codebook}
-            more["codes_alive"] = codebook_lib.share_alive(stats["codebook"])
-        ema = state.ema_params
-        if c.ema_decay > 0:
-            trained = {"first_stage": params["first_stage"]}
-            ema = ema_update(ema, trained, state.step + 1, c.ema_decay)
-            if c.kind == "vq" and (c.codebook.rule == "ema" or c.codebook.reset > 0):
-                # An average already; and one over a reset would lie nowhere.
-                ema = {"first_stage": ema["first_stage"] | {"codebook": codebook}}
-        new = TrainState(state.step + 1, params, ema, opt_state, stats)
+        def update() -> TrainState:
+            params, opt_state, stats = {}, {}, dict(seen_stats)
+            for part, tree in state.params.items():
+                updates, opt_state[part] = optimizers[part].update(
+                    grads[part], state.opt_state[part], tree
+                )
+                params[part] = optax.apply_updates(tree, updates)
+            if c.kind == "vq":
+                reset_key = jax.random.fold_in(step_key, image.shape[0] + 1)
+                codebook, stats["codebook"] = _tend(
+                    c.codebook,
+                    params["first_stage"]["codebook"],
+                    stats["codebook"],
+                    aux,
+                    ema_decay(state.step + 1, c.codebook.decay),
+                    reset_key,
+                )
+                params["first_stage"] = params["first_stage"] | {"codebook": codebook}
+            ema = state.ema_params
+            if c.ema_decay > 0:
+                trained = {"first_stage": params["first_stage"]}
+                ema = ema_update(ema, trained, state.step + 1, c.ema_decay)
+                if c.kind == "vq" and (c.codebook.rule == "ema" or c.codebook.reset > 0):
+                    # An average already; and one over a reset would lie nowhere.
+                    ema = {"first_stage": ema["first_stage"] | {"codebook": codebook}}
+            return TrainState(state.step + 1, params, ema, opt_state, stats)
+
         shared = shared_metrics(rate, state.step, grads["first_stage"])
-        return new, {"loss": value + term, **metrics, **more, **shared}
+        new, metrics = guard.checked_update(
+            update, state, {"loss": value + term, **metrics, **more, **shared}
+        )
+        if c.kind == "vq":
+            metrics["codes_alive"] = codebook_lib.share_alive(new.stats["codebook"])
+        return new, metrics
 
     return init, step
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.training.state import Batch, Metrics, Step, TrainState
-from ldm_jax.types import Array
+from ldm_jax.nn.attend import current_target
+from ldm_jax.training.state import Metrics, TrainState
 
 # Of each network that a stage trains, as far as the stage measures them. A gradient with one
 # element that is not finite has no finite norm.
@@ -30,25 +29,26 @@ class Broken(Exception):
         self.begin, self.step = begin, step
 
 
-def guarded(step: Step) -> Step:
-    """The same step, which leaves all of the state but its number bit for bit as it was where the
-    loss or a gradient is not finite (NaN or infinite).
+def checked_update(
+    update: Callable[[], TrainState], state: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The state after a step, and its metrics: as `update` makes it if the loss and all gradients
+    in `metrics` are finite, else as it was, bit for bit, but for the number of the step.
 
-    Its metrics have `skipped` besides: 1 where that happened, else 0.
+    The metrics have `skipped` besides: 1 where it stayed, else 0.
     """
-
-    @functools.wraps(step)
-    def run(state: TrainState, frozen: Any, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-        new, metrics = step(state, frozen, batch, key)
-        checked = [metrics[name] for name in CHECKED if name in metrics]
-        finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, checked))
-        # A selection reads what the update writes anyway, and is fused with it; a `cond` would
-        # copy both states.
-        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        skipped = 1.0 - finite.astype(jnp.float32)
-        return kept.replace(step=new.step), {**metrics, "skipped": skipped}
-
-    return run
+    checked = [metrics[name] for name in CHECKED if name in metrics]
+    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, checked))
+    kept = state.replace(step=state.step + 1)
+    if current_target().platform == "cpu":
+        # Which fuses nothing into two arrays: to select in each would compute and read much twice.
+        new = jax.lax.cond(finite, update, lambda: kept)
+    else:
+        # A selection is fused with what writes the state anyway. A branch would make a GPU's host
+        # wait for the gradients.
+        select = lambda after, before: jnp.where(finite, after, before)  # noqa: E731
+        new = jax.tree.map(select, update(), kept)
+    return new, {**metrics, "skipped": 1.0 - finite.astype(jnp.float32)}
 
 
 class Skips:
@@ -71,7 +71,7 @@ class Skips:
             Broken: too many steps in a row were skipped.
         """
         first = step - len(rows) + 1
-        skipped = [first + i for i, row in enumerate(rows) if row["skipped"]]
+        skipped = [first + i for i, row in enumerate(rows) if row.get("skipped")]
         if skipped:
             row = rows[skipped[0] - first]
             self._say(
@@ -79,7 +79,7 @@ class Skips:
                 f"the first of them step {skipped[0]} ({_what(row)})"
             )
         for number, row in enumerate(rows, first):
-            self._in_row = self._in_row + 1 if row["skipped"] else 0
+            self._in_row = self._in_row + 1 if row.get("skipped") else 0
             if self._in_row >= self._most:
                 begin = number - self._in_row + 1
                 raise Broken(

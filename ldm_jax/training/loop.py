@@ -20,7 +20,7 @@ from ldm_jax.errors import Diverged
 from ldm_jax.training.alarms import Alarms
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like
 from ldm_jax.training.ema import subtree
-from ldm_jax.training.guard import Broken, Skips, guarded
+from ldm_jax.training.guard import Broken, Skips
 from ldm_jax.training.interrupt import Interrupted, Interrupts
 from ldm_jax.training.logging import MetricWriter, Progress
 from ldm_jax.training.rollbacks import Rollbacks, choose_step
@@ -158,11 +158,11 @@ def fit(
 def _update(
     stage: Stage, state: TrainState, key: jax.Array, mesh: jax.sharding.Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step of a stage, guarded; the state is donated."""
+    """The compiled step of a stage; the state is donated."""
     split, everywhere = state_shardings(state, mesh), replicated(mesh)
     step_key = jax.jit(functools.partial(jax.random.fold_in, key, 1), out_shardings=everywhere)()
     frozen = put(stage.frozen, state_shardings(stage.frozen, mesh))
-    step_fn = jax.jit(guarded(stage.step), donate_argnums=0, out_shardings=(split, everywhere))
+    step_fn = jax.jit(stage.step, donate_argnums=0, out_shardings=(split, everywhere))
     step_fn = on_mesh(mesh, step_fn)
     return watchdog.compiling(lambda state, batch: step_fn(state, frozen, batch, step_key))
 

@@ -98,7 +98,7 @@ class Spikes:
         new = [
             [number, *(row.get(name, np.nan) for name in names)]
             for number, row in enumerate(rows, first)
-            if not row["skipped"]
+            if not row.get("skipped")
         ]
         seen = np.array([*self._rows, *new]).reshape(-1, 2 + len(QUARTERS))
         self._rows = seen[-(self._window + LAST - 1) :]

@@ -16,6 +16,7 @@ from ldm_jax.config import frozen_parts as frozen_parts_of
 from ldm_jax.config import latent_channels, latent_size
 from ldm_jax.diffusion.guidance import drop
 from ldm_jax.diffusion.objective import log_variance_size, quartile_means
+from ldm_jax.training import guard
 from ldm_jax.training.accumulate import accumulated_grad
 from ldm_jax.training.ema import averaged_parts, ema_update, profiles
 from ldm_jax.training.latents import draw_latents
@@ -107,22 +108,26 @@ def diffusion_functions(config: ConfigDict) -> tuple[Init, Step]:
         (loss, aux), grads = accumulated_grad(
             loss_fn, state.params, (batch, keys), config.train.accumulate
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        averaged = {"denoiser": params["denoiser"]}
-        ema = ema_update(state.ema_params, averaged, state.step + 1, config.ema_decay)
-        parts = averaged_parts(params, frozen_parts)
-        averages = {
-            profile.name: profile.update(state.averages[profile.name], parts, state.step + 1)
-            for profile in kept
-        }
-        new = TrainState(state.step + 1, params, ema, opt_state, averages=averages)
+
+        def update() -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            averaged = {"denoiser": params["denoiser"]}
+            ema = ema_update(state.ema_params, averaged, state.step + 1, config.ema_decay)
+            parts = averaged_parts(params, frozen_parts)
+            averages = {
+                profile.name: profile.update(state.averages[profile.name], parts, state.step + 1)
+                for profile in kept
+            }
+            return TrainState(state.step + 1, params, ema, opt_state, averages=averages)
+
         measured = {"loss_simple": aux["loss_simple"].mean()}
         if learns_variance:
             measured["log_variance"] = aux["log_variance"].mean()
         quartiles = quartile_means(aux["loss_simple"], aux["t"], process.steps)
         measured |= {f"loss_{name}": value for name, value in quartiles.items()}
-        return new, {"loss": loss, **measured, **shared_metrics(rate, state.step, grads)}
+        metrics = {"loss": loss, **measured, **shared_metrics(rate, state.step, grads)}
+        return guard.checked_update(update, state, metrics)
 
     return init, step
 

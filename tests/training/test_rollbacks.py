@@ -140,15 +140,15 @@ def test_a_training_goes_back_and_resumes_bit_for_bit(tmp_path, capsys):
     assert len(json.loads((tmp_path / "resumed" / "rollbacks.json").read_text())) == 1
 
     # The same data without what is left out, from the start.
-    whole = [n for n in range(80) if n < 40 or n >= end]
+    whole = [n for n in range(200) if n < 40 or n >= end]
     plain = dataclasses.replace(stage, directory=tmp_path / "plain")
-    chosen = lambda start: (next(real_batches(())(whole[n])) for n in range(start, 80))  # noqa: E731
+    chosen = lambda start: (next(real_batches(())(whole[n])) for n in range(start, len(whole)))  # noqa: E731
     assert_same(fit(plain, chosen, jax.random.key(0), make_mesh(), Interrupts()), state)
 
 
 def test_it_ends_where_going_back_does_not_help(tmp_path):
     stage = real_stage(tmp_path, max_rollbacks=2, steps=500)
-    with pytest.raises(Diverged, match=r"^diffusion: the loss rose .* after it went back 2 times"):
+    with pytest.raises(Diverged, match=r"^diffusion: .*, after it went back 2 times; "):
         train(stage, bad=range(BROKEN, 10**6))
     assert len(json.loads((tmp_path / "rollbacks.json").read_text())) == 2
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -158,13 +158,12 @@ def test_it_ends_where_going_back_does_not_help(tmp_path):
 
 
 def test_skipped_steps_in_a_row_are_a_reason_too(tmp_path, capsys):
-    """State and loss are NaN by no batch, but by the weights: none that follows is of use."""
     stage = real_stage(tmp_path, max_skipped=4, spike_factor=0.0)
 
     def breaking(state, frozen, batch, key):
+        bad = batch["bad"].max() > 0
         new, metrics = stage.step(state, frozen, batch | {"bad": 0 * batch["bad"]}, key)
-        norm = jnp.where(batch["bad"].max() > 0, jnp.nan, metrics["grad_norm"])
-        return new, metrics | {"grad_norm": norm}
+        return new, metrics | {"loss": jnp.where(bad, jnp.nan, 1.0), "skipped": bad * 1.0}
 
     state = train(dataclasses.replace(stage, step=breaking), bad=range(45, 49))
     (entry,) = json.loads((tmp_path / "rollbacks.json").read_text())
