@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-import platform
 import re
-from importlib import metadata
 from typing import Any
 
 # As tests/conftest.py sets them: of toy shapes, compilation is what takes time. What is computed
@@ -32,33 +30,26 @@ def prepare(cache: pathlib.Path) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
 
 
-def processor() -> tuple[str, str]:
-    """The processor's model, and a digest of the instructions that it has."""
-    model, instructions = platform.processor() or platform.machine(), ""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            text = file.read()
-    except OSError:  # not Linux
-        return model, ""
-    if found := re.search(r"model name\s*: (.*)", text):
-        model = found[1].strip()
-    if found := re.search(r"(?:flags|Features)\s*: (.*)", text):
-        instructions = " ".join(sorted(found[1].split()))
-    return model, hashlib.sha256(instructions.encode()).hexdigest()[:12]
-
-
 def kind() -> dict[str, Any]:
     """What has to be the same for two machines to compute the same bits."""
-    import jax
+    import jaxlib
+    from ldm_jax.machine import describe  # imports jax
 
-    model, instructions = processor()
-    return {
-        "processor": model,
-        "instructions": instructions,
-        "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "devices": len(jax.devices()),
+    found = describe()
+    names = ("processor", "processors", "device", "devices", "jax")
+    return {name: found[name] for name in names} | {
+        "jaxlib": jaxlib.__version__,
+        "instructions": _instructions(),
         "xla_flags": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
-        "jax": metadata.version("jax"),
-        "jaxlib": metadata.version("jaxlib"),
     }
+
+
+def _instructions() -> str:
+    """A digest of what the processor says it can do; '' where the system does not tell."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = re.search(r"(?:flags|Features)\s*: (.*)", text)
+    names = " ".join(sorted(found[1].split())) if found else ""
+    return hashlib.sha256(names.encode()).hexdigest()[:12]

@@ -40,6 +40,11 @@ def test_what_is_logged_and_saved_is_read_after_a_crash(tmp_path):
 
 def test_a_machine_has_a_kind():
     kind = machine.kind()
-    assert kind["processor"] and kind["devices"] == 8 and kind["cores"] >= 1
+    assert (
+        kind["processor"]
+        and kind["devices"] == 8
+        and kind["processors"] >= 1
+        and kind["instructions"]
+    )
     assert "xla_backend_optimization_level=0" in kind["xla_flags"]
     json.dumps(kind)
