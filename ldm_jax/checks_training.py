@@ -30,6 +30,6 @@ def check_training(c: ConfigDict) -> None:
             )
     if c.train.fid_samples < 2:
         raise UserError(
-            f"config.train.fid_samples is {c.train.fid_samples}, but must be at least 2, and better "
-            "1000"
+            f"config.train.fid_samples is {c.train.fid_samples}, but must be at least 2, and "
+            "better 1000"
         )

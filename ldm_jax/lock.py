@@ -50,6 +50,9 @@ class Lock:
             return False
         try:
             os.write(file, json.dumps(record).encode())
+        except OSError:  # an empty file would be taken for another writer's
+            self.path.unlink()
+            raise
         finally:
             os.close(file)
         return True
@@ -61,20 +64,20 @@ class Lock:
             with self._changing, contextlib.suppress(OSError):
                 if self._released.is_set():
                     return
-                if self._is_ours() or (not self.path.exists() and self.take()):
+                found = _record(self.path)
+                if found is None:  # somebody has removed it
+                    self.take()
+                elif found.get("token") == self._token:
                     os.utime(self.path)
-                else:
+                elif found:
                     self._lost()
 
     def release(self) -> None:
         """Removes the file; may be called twice."""
         self._released.set()
         with self._changing, contextlib.suppress(OSError):
-            if self._is_ours():
+            if (_record(self.path) or {}).get("token") == self._token:
                 self.path.unlink()
-
-    def _is_ours(self) -> bool:
-        return _read(self.path).get("token") == self._token
 
     def _lost(self) -> None:
         """Ends a process that slept for so long that another one has taken its place."""
@@ -143,7 +146,9 @@ def _clear(path: pathlib.Path) -> None:
     except FileNotFoundError:
         return
     if _read(moved) != record:
-        os.rename(moved, path)
+        with contextlib.suppress(FileExistsError):  # made by a third one meanwhile
+            os.link(moved, path)
+        moved.unlink()
         return
     moved.unlink()
     print(f"taking over {path.parent}: {_who(record)} has ended without leaving it", flush=True)
@@ -208,8 +213,18 @@ def _machine() -> str:
 def _read(path: pathlib.Path) -> dict[str, Any]:
     """What a file says; {} where there is none, or one that is not written yet."""
     try:
+        return _record(path) or {}
+    except OSError:
+        return {}
+
+
+def _record(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a file says, {} of one that is not written yet; None if it is gone."""
+    try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
+        return None
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -33,6 +33,7 @@ def prepare(cache: pathlib.Path) -> None:
 def kind() -> dict[str, Any]:
     """What has to be the same for two machines to compute the same bits."""
     import jaxlib
+
     from ldm_jax.machine import describe  # imports jax
 
     found = describe()

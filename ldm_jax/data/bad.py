@@ -62,8 +62,10 @@ class TolerantSource:
 
     @property
     def bad(self) -> int:
-        """How many bad examples are known."""
-        return len(self._known)
+        """How many bad examples are known, to any process."""
+        with self._lock:
+            self._known |= _read_names(self._path)
+            return len(self._known)
 
     def first_good(self, index: int, make: Callable[[int], T]) -> tuple[int, T]:
         """Returns `index` and make(index), or of what comes in its place if that raises UserError.

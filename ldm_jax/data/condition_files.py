@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ldm_jax.data.decode import WHITE, check_size, decode_image
+from ldm_jax.data.decode import FILE_ITSELF, WHITE, check_size, decode_image
 from ldm_jax.data.layout import Box, boxes_from_coco, clip_boxes
-from ldm_jax.errors import UserError
+from ldm_jax.errors import Unreachable, UserError
 
 Path = str | os.PathLike
 Size = tuple[int, int]
@@ -221,6 +221,8 @@ def _read_bytes(path: Path, limit: int) -> bytes:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) not in (None, *FILE_ITSELF):
+            raise Unreachable(f"cannot read {path} ({reason})") from error
         raise UserError(f"cannot read {path} ({reason}): check the path") from error
     if len(data) > limit:
         raise UserError(f"{path} has more than {limit // 2**20} MiB: give a smaller file")

@@ -26,7 +26,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "TGA")
 _ORIENTATION, _TURNED = 274, (5, 6, 7, 8)  # EXIF: these exchange height and width
 # What the system says of a file that is no image, or not there; anything else may pass.
-_FILE_ITSELF = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EINVAL)
+FILE_ITSELF = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EINVAL)
 
 File = bytes | str | os.PathLike | IO[bytes]
 
@@ -108,7 +108,7 @@ def _opened(file: File, name: str, limits: Limits) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow raises many kinds, even SyntaxError, for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and error.errno not in (None, *_FILE_ITSELF):
+        if isinstance(error, OSError) and error.errno not in (None, *FILE_ITSELF):
             raise Unreachable(f"cannot read the image {name} ({reason})") from error
         if isinstance(error, Image.DecompressionBombError):
             reason = f"it has more than {limits.max_pixels} pixels"

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ldm_jax import distributed
+from ldm_jax import distributed, watchdog
 from ldm_jax.errors import Diverged, UserError
 from ldm_jax.training import checkpoint_files as files
 from ldm_jax.training.digests import digests
@@ -63,6 +63,11 @@ class Checkpoints:
         """Returns all finished steps, damaged or not, in order."""
         return files.stored_steps(self.directory)
 
+    def is_good(self, step: int) -> bool:
+        """Whether nothing of a finished step is damaged, by reading all of it."""
+        damaged = distributed.is_main() and bool(files.verify(self.directory, step)[1])
+        return not distributed.any_host(damaged)
+
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, from which no run shall go on."""
         for later in self.all_steps():
@@ -104,8 +109,7 @@ class Checkpoints:
             shown = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
             raise Diverged(
                 f"the state at step {step} holds elements that are not finite, in {shown}: nothing "
-                f"of it was saved in {self.directory}; lower this stage's learning rate, and "
-                "start again with --allow_config_change from the checkpoint before"
+                f"of it was saved in {self.directory}"
             )
         self.wait()  # an earlier one makes room for this
         self._check_free(state)
@@ -147,7 +151,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises UserError if it cannot be written."""
-        with self._writing():
+        with self._writing(), watchdog.phase("save"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:

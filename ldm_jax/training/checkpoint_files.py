@@ -10,6 +10,7 @@ checkpoints/
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import pathlib
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ldm_jax import distributed
-from ldm_jax.errors import UserError
+from ldm_jax.errors import Unreachable, UserError
 from ldm_jax.training.digests import Digest, digests, named_leaves
 
 INDEX = "digests"  # the item with the digests
@@ -31,6 +32,9 @@ COMMITTED = "commit_success.txt"  # written last, before the folder gets its nam
 METADATA = "_CHECKPOINT_METADATA"
 DAMAGED = ".damaged"
 UNFINISHED = ".orbax-checkpoint-tmp"
+# What the system says of a file that is not there; anything else may pass.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+UNREACHABLE = "the file system did not give"
 
 
 class Damaged(Exception):
@@ -243,7 +247,11 @@ def _together() -> Iterator[None]:
     try:
         with distributed.agreed():
             yield
+    except Unreachable:
+        raise
     except UserError as error:  # of another host
+        if UNREACHABLE in str(error):
+            raise
         raise Damaged(str(error)) from error
 
 
@@ -255,8 +263,19 @@ def _reading(item: str) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        if isinstance(error, OSError):
+            _check_reachable(error, item)
         text = " ".join(str(error).partition("See full TensorStore")[0].split())
         raise Damaged(f"{item} cannot be read ({text[:160] or type(error).__name__})") from error
+
+
+def _check_reachable(error: OSError, what: pathlib.Path | str) -> None:
+    """Raises Unreachable if an error is the file system's, and says nothing of a file."""
+    if error.errno not in (None, *MISSING):
+        raise Unreachable(
+            f"{UNREACHABLE} {what} ({error.strerror}): the checkpoint may be good, so no older "
+            "one is taken; start the same command again"
+        ) from error
 
 
 def _read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
@@ -265,6 +284,7 @@ def _read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise Damaged(f"{name} is missing") from error
     except OSError as error:
+        _check_reachable(error, folder / name)
         raise Damaged(f"{name} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise Damaged(f"{name} is cut off or was changed") from error

@@ -15,6 +15,7 @@ from types import FrameType, TracebackType
 
 EXIT_PREEMPTED = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FLUSHING = 2.0  # seconds that output has to be read
 
 
 class Interrupted(Exception):
@@ -113,10 +114,20 @@ class Interrupts:
             continue  # other signals come here too
         self._hear(number)
         if self._alone and not self.unsaved:
-            self.leaving()
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(EXIT_PREEMPTED)
+            # In a thread: what reads them may be gone, or may read no more.
+            flushing = threading.Thread(target=_flush, daemon=True)
+            flushing.start()
+            flushing.join(_FLUSHING)
+            try:
+                self.leaving()
+            finally:
+                os._exit(EXIT_PREEMPTED)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
 
 
 _command: Interrupts | None = None  # signals are those of the whole process

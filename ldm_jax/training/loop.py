@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -205,13 +205,12 @@ def _train(
                 if alarms:
                     scalars["alarms"] = alarms.check(step, scalars)
                 writer.write(step, scalars)
-            if stage.keeps(step):
-                # Before the checkpoint, after which nobody would come back to write it.
-                with watchdog.phase("save"):
+            with watchdog.phase("save"), _breaking(step):
+                if stage.keeps(step):
+                    # Before the checkpoint, after which nobody would come back to write it.
                     stage.snapshot(state, step)
-            if saved:
-                watch.store(step)
-                with watchdog.phase("save"):
+                if saved:
+                    watch.store(step)
                     checkpoints.save(state)
             if stop:
                 with watchdog.phase("save"):
@@ -235,6 +234,15 @@ def _train(
         progress.close()
         writer.close()
     return state
+
+
+@contextlib.contextmanager
+def _breaking(step: int) -> Iterator[None]:
+    """Takes a state that cannot be stored, as it is not finite, for a broken training."""
+    try:
+        yield
+    except Diverged as error:
+        raise Broken(str(error), step, step) from error
 
 
 class _Watch:
@@ -282,7 +290,8 @@ def _go_back(stage: Stage, broken: Broken, checkpoints: Checkpoints, rollbacks: 
             f"{stage.name}: {broken}, after it went back {rollbacks.count} times; {advice}"
         ) from broken
     checkpoints.wait()
-    to_step = choose_step(checkpoints.all_steps(), broken.begin)
+    with watchdog.phase("save"):
+        to_step = _good_step(stage, checkpoints, broken.begin)
     # Until the file is written, the run would go on from there with the same data, and break again.
     checkpoints.remove_after(to_step)
     first, last = rollbacks.add(broken.step, to_step)
@@ -291,6 +300,28 @@ def _go_back(stage: Stage, broken: Broken, checkpoints: Checkpoints, rollbacks: 
         f"{last} ({rollbacks.count} of at most {block.max_rollbacks} times)",
         flush=True,
     )
+
+
+def _good_step(stage: Stage, checkpoints: Checkpoints, begin: int) -> int:
+    """The step to go back to; 0, the start, where nothing was saved yet.
+
+    It is read before newer ones are removed, one of which may be the last good one.
+
+    Raises:
+        Diverged: all checkpoints are damaged.
+    """
+    steps = checkpoints.all_steps()
+    while steps:
+        step = choose_step(steps, begin)
+        if checkpoints.is_good(step):
+            return step
+        steps.remove(step)
+        if not steps:
+            raise Diverged(
+                f"{stage.name}: the loss broke at step {begin}, and all checkpoints in "
+                f"{checkpoints.directory} are damaged: put back a copy of one"
+            )
+    return 0
 
 
 def _look(

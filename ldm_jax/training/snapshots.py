@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ldm_jax import tensors
-from ldm_jax.errors import UserError
+from ldm_jax.errors import Diverged, UserError
 from ldm_jax.training.ema import Profile
 
 _NAME = re.compile(r"(?:std|decay)_.+_step_(\d+)\.safetensors")
@@ -39,7 +39,11 @@ def write_snapshots(
 
     Raises:
         UserError: it cannot be written.
+        Diverged: an average is not finite; nothing is written.
     """
+    for name, tree in averages.items():
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
+            raise Diverged(f"the average {name} at step {step} is not finite")
     if jax.process_index() != 0:  # every process holds all of them
         return
     for profile in profiles:

@@ -181,3 +181,21 @@ def test_a_checkpoint_that_is_too_near_is_removed(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line)["loss"] for line in lines]
     assert len(found) == 52 and max(found[40:]) < 2 * max(found[20:40])
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(tmp_path, capsys, monkeypatch):
+    """A newer good one is not removed for its sake."""
+    stage = real_stage(tmp_path / "run")
+    checks = Checkpoints.is_good
+    asked = []
+
+    def damaging(self, step):
+        asked.append(step)
+        if step == 40:
+            (self.directory / "40" / "digests" / "metadata").write_text("")
+        return checks(self, step)
+
+    monkeypatch.setattr(Checkpoints, "is_good", damaging)
+    assert int(train(stage).step) == 70
+    assert asked == [40, 20]
+    assert "going back to step 20" in capsys.readouterr().out
