@@ -51,9 +51,10 @@ from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.first_stage_steps import first_stage_functions
 from ldm_jax.training.logging import MetricWriter, Progress
-from ldm_jax.training.loop import Stage, restore_or_init
+from ldm_jax.training.loop import restore_or_init
 from ldm_jax.training.optim import learning_rate
 from ldm_jax.training.sharding import make_mesh
+from ldm_jax.training.stage import Stage
 from ldm_jax.training.state import TrainState
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Workdir whose first stage ldm_jax.train has trained.")

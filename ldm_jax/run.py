@@ -43,9 +43,10 @@ from ldm_jax.training.ema import profiles
 from ldm_jax.training.evaluation import evaluation_batches, evaluator
 from ldm_jax.training.first_stage_steps import first_stage_functions, trained_weights
 from ldm_jax.training.interrupt import Interrupts, of_command
-from ldm_jax.training.loop import Measure, Picture, Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.sharding import gather, local_part, make_mesh, put, replicated
 from ldm_jax.training.snapshots import remove_later, write_snapshots
+from ldm_jax.training.stage import Measure, Picture, Stage
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 
@@ -124,6 +125,11 @@ def _tolerant(
     return examples, judges
 
 
+def _numbered(folder: pathlib.Path) -> Callable[[int], pathlib.Path]:
+    """Step -> where its picture is."""
+    return lambda number: folder / f"step_{number:07d}.png"
+
+
 class _Run:
     """What the steps of one run share."""
 
@@ -164,6 +170,8 @@ class _Run:
         networks = put(judges.networks, replicated(self.mesh))
         evaluate = evaluator(config, judges.metrics, networks, self.mesh)
 
+        path = _numbered(directory / "reconstructions")
+
         def picture(state: TrainState, number: int) -> Picture:
             batches = evaluation_batches(
                 config, judges.images, block.batch_size, self.mesh, config.first_stage.eval.images
@@ -173,9 +181,10 @@ class _Run:
                 batches,
                 lambda done: self.interrupts.check("while evaluating the first stage"),
             )
-            path = directory / "reconstructions" / f"step_{number:07d}.png"
-            pictures.save_picture(path, found.grid())
-            return Picture(path, {f"eval_{name}": value for name, value in found.scalars.items()})
+            pictures.save_picture(path(number), found.grid())
+            return Picture(
+                path(number), {f"eval_{name}": value for name, value in found.scalars.items()}
+            )
 
         stage = Stage(
             "first stage",
@@ -185,6 +194,7 @@ class _Run:
             step,
             {"lpips": networks["lpips"]} if config.first_stage.perceptual_weight > 0 else {},
             picture,
+            drawn=lambda number: path(number).exists(),
             picture_at_end=True,
             alarms=lambda scalars: first_stage_alarms(scalars, config),
             watched="reconstruction_mae",
@@ -229,11 +239,12 @@ class _Run:
             pipe[0].variables, pipe[0].step = pipe[0].variables | weights, int(state.step)
             return pipe[0]
 
+        path = _numbered(self.workdir / "samples")
+
         def picture(state: TrainState, number: int) -> Picture:
-            path = self.workdir / "samples" / f"step_{number:07d}.png"
             made = pictures.samples(config, self.source, update(state))
-            pictures.save_picture(path, pictures.sample_grid(made))
-            return Picture(path)
+            pictures.save_picture(path(number), pictures.sample_grid(made))
+            return Picture(path(number))
 
         start = self._starting_weights()
         kept = profiles(config)
@@ -250,6 +261,7 @@ class _Run:
             frozen | stored_latents.stored_null(config, source),
             picture,
             start,
+            drawn=lambda number: path(number).exists(),
             watched="loss_simple",
             counts=self._counts,
             snapshot=snapshot if kept else None,

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from ldm_jax import run as run_lib
 from ldm_jax.training.interrupt import Interrupted
-from ldm_jax.training.loop import Stage
 from ldm_jax.training.sharding import gather, make_mesh
+from ldm_jax.training.stage import Stage
 
 WEIGHTS = ("first_stage/weights.safetensors", "classifier/weights.safetensors")
 TIMES = ("images_per_second", "data_wait_share", "seconds")  # of metrics, which no run repeats

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from ldm_jax import distributed, watchdog
 from ldm_jax.data.device import DeviceBatches, to_device
@@ -26,93 +23,9 @@ from ldm_jax.training.logging import MetricWriter, Progress
 from ldm_jax.training.rollbacks import Rollbacks, choose_step
 from ldm_jax.training.sharding import batch_sharding, on_mesh, put, replicated, state_shardings
 from ldm_jax.training.spikes import Spikes
-from ldm_jax.training.state import Batch, Init, Metrics, Step, TrainState
+from ldm_jax.training.stage import Picture, Stage
+from ldm_jax.training.state import Batch, Metrics, TrainState
 from ldm_jax.training.votes import Votes
-
-
-class Picture(NamedTuple):
-    """What a state looks like.
-
-    Attributes:
-        path: of a PNG file.
-        scalars: what was measured on the way; written and printed.
-    """
-
-    path: pathlib.Path
-    scalars: Mapping[str, float] = {}
-
-
-class Measure(NamedTuple):
-    """A figure of a state that takes long, and so is taken now and then.
-
-    Attributes:
-        name: as written and printed.
-        every: steps between two; it is also taken at the last step.
-        take: (state, step) -> figure; all hosts call it, and it may raise Interrupted to give up.
-    """
-
-    name: str
-    every: int
-    take: Callable[[TrainState, int], float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What the loop needs to know of a stage.
-
-    Attributes:
-        name: as shown.
-        directory: where its checkpoints and metrics go.
-        block: the config of its optimisation, such as `train`.
-        init: key -> state.
-        step: (state, frozen, batch, key) -> (state, metrics).
-        frozen: variables that the step reads and never changes.
-        picture: shows a state; called with (state, step), and may raise Interrupted to give up;
-            None where there is nothing to show.
-        start: weights in place of the random ones, by part as in `TrainState.params`; or None.
-        picture_at_end: whether the last step is shown too, wherever it falls.
-        alarms: averaged metrics -> what is wrong, by name; see `Alarms`.
-        watched: the metric whose spikes are told of, positive where it is not 0.
-        snapshot: stores what else is kept of a state; called with (state, step).
-        snapshot_every: steps between its calls; it is also called at the last step.
-        forget: removes snapshots of later steps; called with the step that training starts from.
-        counts: what is counted beside the steps, to be written with their metrics.
-        measure: what is measured of states; or None.
-    """
-
-    name: str
-    directory: pathlib.Path
-    block: ConfigDict
-    init: Init
-    step: Step
-    frozen: Any
-    picture: Callable[[TrainState, int], Picture] | None
-    start: Any = None
-    picture_at_end: bool = False
-    alarms: Callable[[Mapping[str, float]], dict[str, str]] | None = None
-    watched: str = "loss"
-    snapshot: Callable[[TrainState, int], None] | None = None
-    snapshot_every: int = 1
-    forget: Callable[[int], None] | None = None
-    counts: Callable[[], Mapping[str, float]] = dict
-    measure: Measure | None = None
-
-    def shows(self, step: int) -> bool:
-        """Tells whether a step is shown."""
-        every = self.block.picture_every
-        at_end = self.picture_at_end and step == self.block.steps
-        return self.picture is not None and every > 0 and (step % every == 0 or at_end)
-
-    def measures(self, step: int) -> bool:
-        """Tells whether a step is measured."""
-        return self.measure is not None and (
-            step % self.measure.every == 0 or step == self.block.steps
-        )
-
-    def keeps(self, step: int) -> bool:
-        """Tells whether a snapshot of a step is stored."""
-        due = step % self.snapshot_every == 0 or step == self.block.steps
-        return self.snapshot is not None and due
 
 
 def fit(
@@ -188,6 +101,9 @@ def _train(
     alarms = Alarms(stage.name, stage.alarms, progress.say) if stage.alarms else None
     watch = _Watch(stage, start, progress.say)
     try:
+        if 0 < start < block.steps:  # where the run was stopped, perhaps before it was looked at
+            with contextlib.suppress(Interrupted), votes.interrupts.saved():
+                _look(stage, state, start, writer, progress, again=True)
         for step in watchdog.steps(range(start + 1, block.steps + 1)):
             state, metrics = update(state, next(batches))
             progress.step(metrics)
@@ -325,10 +241,20 @@ def _good_step(stage: Stage, checkpoints: Checkpoints, begin: int) -> int:
 
 
 def _look(
-    stage: Stage, state: TrainState, step: int, writer: MetricWriter, progress: Progress
+    stage: Stage,
+    state: TrainState,
+    step: int,
+    writer: MetricWriter,
+    progress: Progress,
+    again: bool = False,
 ) -> None:
-    """Shows and measures a state, where that is due and, of the last step, not done before."""
-    if stage.shows(step):
+    """Shows and measures a state, where that is due and was not done before.
+
+    A picture that is there is only kept where a run goes on (`again`): it may be of a history that
+    the run has gone back on.
+    """
+    kept = again and (stage.drawn is None or not distributed.any_host(not stage.drawn(step)))
+    if stage.shows(step) and not kept:
         with watchdog.phase("picture"):
             show(stage.name, step, stage.picture(state, step), writer, progress)
     measure = stage.measure

@@ -12,8 +12,9 @@ from ldm_jax import config as config_lib
 from ldm_jax.first_stage.discriminator import discriminator_loss
 from ldm_jax.training.alarms import UNDECIDED, Alarms, first_stage_alarms
 from ldm_jax.training.interrupt import Interrupted, Interrupts
-from ldm_jax.training.loop import Picture, Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.sharding import make_mesh
+from ldm_jax.training.stage import Picture, Stage
 from ldm_jax.training.state import TrainState
 
 WELL = {

@@ -17,8 +17,9 @@ from ldm_jax.data.transforms import ImageTransform
 from ldm_jax.training import latents as latents_lib
 from ldm_jax.training.classifier_steps import classifier_functions
 from ldm_jax.training.interrupt import Interrupts
-from ldm_jax.training.loop import Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.sharding import make_mesh
+from ldm_jax.training.stage import Stage
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 

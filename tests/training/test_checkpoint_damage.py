@@ -21,8 +21,9 @@ from ldm_jax.training import checkpoint, checkpoint_files
 from ldm_jax.training.checkpoint import Checkpoints, abstract_like, state_items
 from ldm_jax.training.checkpoint_files import read_index, restore_newest, stored_steps, verify
 from ldm_jax.training.interrupt import Interrupts
-from ldm_jax.training.loop import Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.sharding import make_mesh, replicated
+from ldm_jax.training.stage import Stage
 from ldm_jax.training.state import TrainState
 
 

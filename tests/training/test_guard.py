@@ -19,8 +19,9 @@ from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.first_stage_steps import first_stage_functions
 from ldm_jax.training.guard import CHECKED, Broken, Skips, checked_update
 from ldm_jax.training.interrupt import Interrupts
-from ldm_jax.training.loop import Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.sharding import make_mesh
+from ldm_jax.training.stage import Stage
 from ldm_jax.training.state import TrainState
 from ldm_jax.training.steps import diffusion_functions
 from tests.commands import command

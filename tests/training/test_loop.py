@@ -1,5 +1,6 @@
 """What the loop measures of states now and then."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from ldm_jax import config as config_lib
+from ldm_jax.images import save_png
 from ldm_jax.training.interrupt import Interrupted, Interrupts
-from ldm_jax.training.loop import Measure, Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.sharding import make_mesh
+from ldm_jax.training.stage import Measure, Picture, Stage
 from ldm_jax.training.state import TrainState
 
 
@@ -57,6 +60,30 @@ def test_measured_every_so_often_and_at_the_end(tmp_path, capsys):
     assert measured(tmp_path) == {2: 8.0, 4: 6.0, 5: 5.0}
     assert stored == [True] * 3  # a signal meanwhile loses nothing
     assert "toy: step 4, fid 6\n" in capsys.readouterr().out
+
+
+def test_a_picture_that_a_signal_prevented_is_made_when_the_run_goes_on(tmp_path):
+    path, calls = tmp_path / "2.png", []
+
+    def picture(state, number):
+        calls.append(number)
+        if calls == [2]:
+            raise KeyboardInterrupt  # the process ends in the middle of it
+        save_png(tmp_path / f"{number}.png", np.zeros((4, 4, 3), np.uint8))
+        return Picture(tmp_path / f"{number}.png")
+
+    made = dataclasses.replace(
+        stage(tmp_path, 100, lambda state, number: 0.0),
+        picture=picture,
+        drawn=lambda number: (tmp_path / f"{number}.png").exists(),
+    )
+    made.block.picture_every = 2
+    train = lambda: fit(made, batches, jax.random.key(0), make_mesh(), Interrupts())  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert not path.exists()
+    train()
+    assert calls == [2, 2, 4] and path.exists()
 
 
 def test_a_finished_run_is_not_measured_again(tmp_path):

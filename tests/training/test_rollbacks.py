@@ -12,9 +12,10 @@ from ldm_jax import config as config_lib
 from ldm_jax.errors import Diverged, UserError
 from ldm_jax.training.checkpoint import Checkpoints
 from ldm_jax.training.interrupt import Interrupted, Interrupts
-from ldm_jax.training.loop import Stage, fit
+from ldm_jax.training.loop import fit
 from ldm_jax.training.rollbacks import MARGIN, Rollbacks, choose_step
 from ldm_jax.training.sharding import make_mesh
+from ldm_jax.training.stage import Stage
 from ldm_jax.training.steps import diffusion_functions
 
 BROKEN = 48  # the number of the batch that breaks the weights
