@@ -116,6 +116,16 @@ def conditional_tasks(context: Context) -> list[Task]:
     return [Task(inputs, {}, figures, pictures)]
 
 
+def condition_inputs(config: ConfigDict, held: Examples) -> dict[str, Any]:
+    """Arguments of `Pipeline.sample` with the condition of each example; {} without conditions."""
+
+    def no_judge(kind: str) -> judging.Judge:
+        raise AssertionError("conditions are used here, and not judged")
+
+    tasks = conditional_tasks(Context(config, held, no_judge, None))
+    return tasks[0].inputs if tasks else {}
+
+
 def holes(held: Examples) -> np.ndarray:
     """Where images are to be made: (N, R, R) bool."""
     return held.fields["mask"][..., 0] > 0

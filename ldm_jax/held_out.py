@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as files
 from ldm_jax.data import folder, tar_source
+from ldm_jax.data.bad import TolerantSource
 from ldm_jax.data.captions import CaptionedSource
 from ldm_jax.data.order import epoch_order
 from ldm_jax.data.pipeline import epoch_batches
@@ -77,6 +79,7 @@ class ExampleReader:
         source: of all examples.
         captioned: whether the model reads texts.
         map_classes: see `Examples`.
+        total: examples of the split, of which `source` may be some.
     """
 
     config: ConfigDict
@@ -84,6 +87,7 @@ class ExampleReader:
     source: Source
     captioned: bool
     map_classes: tuple[int, ...] | None
+    total: int
 
     def __len__(self) -> int:
         return len(self.source)
@@ -99,28 +103,31 @@ class ExampleReader:
     ) -> Examples:
         """Reads the examples at the places `rows`, which may come more than once.
 
-        What is drawn for an example, such as its hole, follows from its place.
+        What is drawn for an example, such as its hole, follows from its place. Another example
+        takes the place of one that cannot be read, as in training; `Examples.names` says which.
 
         Args:
             rows: places in the source, at least one.
             reduce: what is kept of the arrays (B, ...) of some examples, as soon as they are read.
 
         Raises:
-            UserError: an example cannot be read, or a field of it is missing.
+            UserError: more examples than config.data.max_bad allows cannot be read or lack a
+                field.
         """
         config, source = self.config, self.source
-        read = CaptionedSource(source, config.data.caption, _first) if self.captioned else source
-        parts = [
-            (reduce or dict)({name: array[batch["valid"]] for name, array in batch.items()})
-            for batch in epoch_batches(
-                read,
-                _WithoutMasked(task_transform(config)),
-                _BATCH_SIZE,
-                rows=rows,
-                fields=(*passed_on(config.data.fields), *(("tokens",) if self.captioned else ())),
-                threads=config.data.threads,
-            )
-        ]
+        parts, places = [], []
+        for batch in epoch_batches(
+            self._tolerant,
+            _WithoutMasked(task_transform(config)),
+            _BATCH_SIZE,
+            rows=rows,
+            fields=(*passed_on(config.data.fields), *(("tokens",) if self.captioned else ())),
+            replace=True,
+            threads=config.data.threads,
+        ):
+            kept = {name: array[batch["valid"]] for name, array in batch.items()}
+            places += kept["index"].tolist()
+            parts.append((reduce or dict)(kept))
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         captions: list[str] = []
         if self.captioned:
@@ -130,12 +137,20 @@ class ExampleReader:
             arrays["image"],
             {name: arrays[name] for name in arrays if name not in ("image", "index", "valid")},
             tuple(captions),
-            tuple(source.name(i) for i in rows),
+            tuple(source.name(i) for i in places),
             source.label_names,
             source.num_labels,
             self.map_classes if "segmentation" in arrays else None,
             getattr(source, "segmentation_ground", None),
         )
+
+    @functools.cached_property
+    def _tolerant(self) -> TolerantSource:
+        """The source that is read: as in training, a share of it may be bad."""
+        data, read = self.config.data, self.source
+        if self.captioned:
+            read = CaptionedSource(read, data.caption, _first)
+        return TolerantSource(read, data.max_bad, None, self.total)
 
 
 def open_examples(
@@ -167,7 +182,7 @@ def open_examples(
     if classes is not None and "boxes" in fields and "segmentation" not in fields:
         config.data.fields += ("segmentation",)
         config.segmentation.num_classes = len(source.segmentation_names)
-    return ExampleReader(config, workdir, source, "tokens" in fields, classes)
+    return ExampleReader(config, workdir, source, "tokens" in fields, classes, len(source))
 
 
 def read_examples(

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
 from ldm_jax import config as config_lib
-from ldm_jax import tensors
-from ldm_jax.condition_figures import Context, conditional_tasks
+from ldm_jax.condition_figures import condition_inputs
+from ldm_jax.data.bad import TolerantSource
 from ldm_jax.data.decode import Limits
 from ldm_jax.data.draws import Uniforms
 from ldm_jax.data.folder import fingerprint as folder_fingerprint
@@ -30,6 +30,7 @@ from ldm_jax.held_out import ExampleReader, choose_rows, fingerprint
 from ldm_jax.image_features import Origin, own_rows
 from ldm_jax.metrics.image_archive import open_images
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.sample_settings import weights_digest
 from ldm_jax.training.sharding import batch_parts
 
 UNIT = 256  # images at a time, about
@@ -61,8 +62,7 @@ def data_conditions(config: ConfigDict, reader: ExampleReader, seed: int) -> Con
 
     def conditions(start: int, count: int) -> dict[str, Any]:
         held = reader.read(choose_rows(seed, start, count, len(reader)), reduce)
-        (task,) = conditional_tasks(Context(config, held, _no_judge, None))
-        return task.inputs
+        return condition_inputs(config, held)
 
     return conditions
 
@@ -86,10 +86,6 @@ def uniform_labels(config: ConfigDict, seed: int) -> Conditions:
         return {"condition": {"label": np.array(drawn, np.int32)}}
 
     return conditions
-
-
-def _no_judge(kind: str) -> dict[str, Any]:
-    raise AssertionError("conditions are used here, and not judged")
 
 
 def samples(
@@ -133,7 +129,7 @@ def samples(
             yield made[:valid][own_rows(unit, valid)]
 
     about = {
-        "weights": tensors.digest(jax.tree.map(np.asarray, pipe.variables)),
+        "weights": weights_digest(pipe),
         "config": hashlib.sha256(config_lib.to_json(pipe.config).encode()).hexdigest(),
         "seed": seed,
         "conditions": drawn_from,
@@ -243,7 +239,7 @@ def data_images(config: ConfigDict, size: tuple[int, int], count: int = 0) -> Or
     """Images of the config's data as training sees them, but without augmentation.
 
     They are cropped around the centre and resized by the training loader's own code, and not
-    mirrored.
+    mirrored. As in training, another image takes the place of one that cannot be read, and counts.
 
     Args:
         config: with the data.
@@ -251,11 +247,13 @@ def data_images(config: ConfigDict, size: tuple[int, int], count: int = 0) -> Or
         count: so many, drawn evenly from all; 0 = all.
 
     Raises:
-        UserError: no such data.
+        UserError: no such data, or, as they are read, more bad images than config.data.max_bad
+            allows.
     """
     data = config.data
     limits = Limits(data.min_side, data.max_pixels)
     source = open_source(data.source, split=data.split, where=data.where, label="", limits=limits)
+    source = TolerantSource(source, data.max_bad, None)
     total, unit = len(source), _unit()
     count = min(count or total, total)
     rows = np.sort(epoch_order(0, 0, total)[:count]).tolist()
@@ -268,6 +266,7 @@ def data_images(config: ConfigDict, size: tuple[int, int], count: int = 0) -> Or
             unit,
             rows=rows[start:],
             size=size,
+            replace=True,
             threads=data.threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -7,6 +7,7 @@ same number and under the same conditions.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,21 +18,22 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from ldm_jax import images
+from ldm_jax import images, memory
 from ldm_jax import workdir as files
-from ldm_jax.arguments import choose_scale
-from ldm_jax.condition_figures import Context, conditional_tasks
+from ldm_jax.condition_figures import condition_inputs
 from ldm_jax.data.pipeline import epoch_batches
 from ldm_jax.data.sources import Source
 from ldm_jax.errors import UserError
 from ldm_jax.extractors import load_extractor
 from ldm_jax.held_out import Examples, choose_data, count_trained, read_examples
+from ldm_jax.image_features import Origin
 from ldm_jax.image_origins import sample_files
 from ldm_jax.metrics.features import Extractor
 from ldm_jax.metrics.neighbours import calibrated, nearer, no_neighbours
 from ldm_jax.perceptual import Perceptual, load_perceptual
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.preflight import open_data
+from ldm_jax.sample_settings import MADE_HERE, described, refuse, sample_settings
 from ldm_jax.training import latents
 
 NUM_IMAGES = 256  # unless one says otherwise
@@ -42,6 +44,9 @@ SHOWN = 32  # samples in the picture
 SPACES = ("pixels", "lpips", "inception")
 _BATCH = 256  # training images at a time
 _COMPARED = 16  # images whose candidates are in memory
+# Of a value of a pixel: samples alone and with the held-out images, as uint8, and float32 here and
+# on the device, which may be this memory; of an image: Inception's features, likewise, and centred.
+_BYTES, _FEATURE_BYTES = 2 + 2 * 4, 3 * 4 * 2048
 
 
 class Request(NamedTuple):
@@ -97,15 +102,18 @@ def evaluate_memorisation(
         training images, and below each one its nearest in each space.
 
     Raises:
-        UserError: no whole model there, no such data, fewer than 20 held-out images, or held-out
-            images that are trained on.
+        UserError: no whole model there, no such data, fewer than 20 held-out images, held-out
+            images that are trained on, or more samples than memory holds.
     """
+    if request.samples:
+        refuse(request, MADE_HERE, "is of samples that are made here")
     pipe = files.load(workdir)
     config = pipe.config
     held = _held_out(config, workdir, request, pipe.label_names)
     samples, made = _samples(pipe, held, request)
     source = open_data(config, workdir)
     spaces, notes = _networks(config, pipe.mesh)
+    digests = {name: network.digest for name, network in spaces.items() if network is not None}
     for line in notes:
         print(f"note: {line}")
     training = Training(config, source, request.num_training)
@@ -133,6 +141,7 @@ def evaluate_memorisation(
             **{name: config.data[name] for name in ("source", "split", "where")},
         },
         **made,
+        "networks": digests,
         "closest": closest,
         "notes": notes,
     }
@@ -175,6 +184,7 @@ def _samples(pipe: Pipeline, held: Examples, request: Request) -> tuple[np.ndarr
                 f"{request.samples} has images of {origin.size[0]}x{origin.size[1]}, but training "
                 f"images have {side}x{side}"
             )
+        _check_memory(origin, len(held.images))
         return np.concatenate(list(origin.parts(0))), {"samples": request.samples}
     for part in ("denoiser", "conditioner", "first_stage"):
         if part not in pipe.variables:
@@ -182,21 +192,23 @@ def _samples(pipe: Pipeline, held: Examples, request: Request) -> tuple[np.ndarr
                 f"the workdir has no weights of its {part}, so there is nothing to sample: train "
                 "or import the whole, or give --samples"
             )
-    tasks = conditional_tasks(Context(pipe.config, held, _no_judge, None))
-    inputs, s = (tasks[0].inputs if tasks else {}), pipe.config.sample
-    scale = choose_scale(pipe.config, request.guidance_scale, inputs.get("condition"))
-    settings = {
-        "sampler": s.sampler if request.sampler is None else request.sampler,
-        "steps": s.steps if request.steps is None else request.steps,
-        "guidance_scale": scale,
-    }
+    inputs = condition_inputs(pipe.config, held)
+    settings = sample_settings(pipe.config, request, inputs.get("condition"))
     seeds = range(request.seed, request.seed + len(held.images))
     made = pipe.sample(seeds, batch_size=request.batch_size, **inputs, **settings)
-    return made, {"seed": request.seed, **settings, "checkpoint_step": pipe.step}
+    return made, described(pipe, request.seed, settings)
 
 
-def _no_judge(kind: str) -> dict[str, Any]:
-    raise AssertionError("conditions are used here, and not judged")
+def _check_memory(origin: Origin, held: int) -> None:
+    """Says what the search takes for samples of a file and `held` images, and refuses too much."""
+    total = origin.count + held
+    need = total * (_BYTES * math.prod(origin.size) * 3 + _FEATURE_BYTES)
+    free = memory.free_on_host()
+    known = "" if free is None else f", {free / 1e9:.1f} GB are free"
+    text = f"memory for {total:,} samples and held-out images at most: {need / 1e9:.2f} GB{known}"
+    print(text, flush=True)
+    if free is not None and need > free:
+        raise UserError(f"{text}: give --samples with fewer images")
 
 
 def _networks(config: ConfigDict, mesh: jax.sharding.Mesh) -> tuple[dict[str, Any], list[str]]:
@@ -273,10 +285,14 @@ def search(
     see: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": _flat}
     if inception is not None:
         see["inception"] = lambda pixels: inception.extract(np.ascontiguousarray(pixels))["pool"]
-    vectors = {name: look(queries) for name, look in see.items()}
-    # Around 0, products lose the least.
-    centres = {name: array.mean(0) for name, array in vectors.items()}
-    on_device = {name: jax.device_put(array - centres[name]) for name, array in vectors.items()}
+    own, centres, on_device = {}, {}, {}
+    for name, look in see.items():
+        vectors = look(queries) if name == "inception" else _flat_in_parts(queries)
+        if name == "inception":
+            own[name] = vectors.copy()
+        centres[name] = vectors.mean(0)  # around 0, products lose the least
+        vectors -= centres[name]
+        on_device[name] = jax.device_put(vectors)
     best = {name: no_neighbours(len(queries), k) for name in see}
     with tqdm(
         total=training.count, unit="image", disable=not sys.stderr.isatty(), leave=False
@@ -291,7 +307,8 @@ def search(
     for name, look in see.items():
         for rows in _chunks(len(queries), _BATCH):
             others = look(training.images(found[name].numbers[rows]))
-            difference = vectors[name][rows].astype(np.float64) - others
+            mine = own[name][rows] if name in own else look(queries[rows])
+            difference = mine.astype(np.float64) - others
             squares = np.square(difference)
             # In pixels the root of the mean square in grey levels, 0 to 255.
             sums = squares.mean(1) * 127.5**2 if name == "pixels" else squares.sum(1)
@@ -325,6 +342,14 @@ def _flat(pixels: np.ndarray) -> np.ndarray:
     return images.to_float(pixels).reshape(len(pixels), -1)
 
 
+def _flat_in_parts(pixels: np.ndarray) -> np.ndarray:
+    """The same of many images, without more memory than the result takes."""
+    vectors = np.empty((len(pixels), math.prod(pixels.shape[1:])), np.float32)
+    for rows in _chunks(len(pixels), _BATCH):
+        vectors[rows] = _flat(pixels[rows])
+    return vectors
+
+
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, total)) for i in range(0, total, size)]
 
@@ -334,7 +359,12 @@ def _chunks(total: int, size: int) -> list[slice]:
 
 def _figures(found: dict[str, Found], count: int) -> tuple[dict[str, Any], np.ndarray]:
     """The figures of each space; and, of each of the `count` samples, which come first, the share
-    of held-out images that are as near, its mean over the spaces."""
+    of held-out images that are as near, its mean over the spaces.
+
+    The share's variance is that of a share of so many samples, and that of the threshold: a share
+    of samples like the held-out images moves with it as the share below it of other such images
+    does, of which M drawn ones leave TAKEN (1 - TAKEN) / M open.
+    """
     record, nearness = {}, np.zeros(count)
     for name, space in found.items():
         own, others = space.distances[:count], space.distances[count:]
@@ -343,7 +373,9 @@ def _figures(found: dict[str, Found], count: int) -> tuple[dict[str, Any], np.nd
         record[name] = {
             "threshold": threshold,
             "share": share,
-            "standard_error": float(np.sqrt(share * (1 - share) / count)),
+            "standard_error": float(
+                np.sqrt(share * (1 - share) / count + TAKEN * (1 - TAKEN) / len(others))
+            ),
             "held_out_share": float((others <= threshold).mean()),
             "median": float(np.median(own)),
             "held_out_median": float(np.median(others)),

@@ -12,13 +12,21 @@ from ml_collections import ConfigDict
 from ldm_jax import condition_judges as judging
 from ldm_jax import condition_sheet
 from ldm_jax import workdir as files
-from ldm_jax.condition_figures import Context, Figures, Task, conditional_tasks, guided_tasks
+from ldm_jax.condition_figures import (
+    Context,
+    Figures,
+    Task,
+    condition_inputs,
+    conditional_tasks,
+    guided_tasks,
+)
 from ldm_jax.errors import UserError
 from ldm_jax.extractors import load_clip
 from ldm_jax.held_out import Examples, choose_data, count_trained, read_examples
 from ldm_jax.metrics.consistency import derangement
 from ldm_jax.perceptual import load_perceptual
 from ldm_jax.pipeline import Pipeline
+from ldm_jax.sample_settings import described, sample_settings
 
 NUM_IMAGES = 256  # unless one says otherwise
 
@@ -108,12 +116,8 @@ def evaluate_conditions(
     for line in notes:
         print(f"note: {line}")
     context = Context(config, held, judge, lpips, clip)
-    s, scale = pipe.config.sample, request.guidance_scale
-    settings = {
-        "sampler": s.sampler if request.sampler is None else request.sampler,
-        "steps": s.steps if request.steps is None else request.steps,
-        "guidance_scale": s.guidance_scale if scale is None else scale,
-    }
+    condition = condition_inputs(pipe.config, held).get("condition")
+    settings = sample_settings(pipe.config, request, condition)
     figures, sheet = _measure_all(pipe, context, request, settings)
     record = {
         "figures": figures,
@@ -121,9 +125,7 @@ def evaluate_conditions(
         "source": config.data.source,
         "split": split,
         "where": config.data.where,
-        "seed": request.seed,
-        **settings,
-        "checkpoint_step": pipe.step,
+        **described(pipe, request.seed, settings),
         "judges": {
             kind: {name: found[name] for name in ("held_out", "images")}
             for kind, found in judges.items()

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax import tensors
 from ldm_jax.errors import UserError
 from ldm_jax.first_stage.lpips import LPIPS, SMALLEST
 from ldm_jax.images import to_float
@@ -20,6 +21,11 @@ class Perceptual:
 
     def __init__(self, params: dict) -> None:
         self._params = params
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the parameters."""
+        return tensors.digest(self._params)
 
     def __call__(self, images: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Distances of two sets of images (N, H, W, 3) uint8: (N,) float32."""

@@ -50,6 +50,10 @@ REFERENCE = "reference.npz"
 REFERENCE_IMAGES = 10_000  # real images at most
 BEST = "best"  # the folder of the best weights, in the workdir
 _BATCH_SIZE = 64  # real images at a time
+# What samples follow from; the other keys of config.sample say how many are made at a time, in what
+# memory, and what is shown.
+_SAMPLE_KEYS = ("sampler", "steps", "eta", "spacing", "guidance_scale", "guidance_rescale")
+_SAMPLE_KEYS += ("guidance_interval",)
 
 
 def check(config: ConfigDict, source: Source, mesh: jax.sharding.Mesh) -> None:
@@ -172,9 +176,9 @@ class SamplesFID:
         c = self._config
         parts = {
             "samples": c.train.fid_samples,
-            "sample": config_lib.flatten(c.sample),
+            "sample": {name: config_lib.flatten(c.sample)[name] for name in _SAMPLE_KEYS},
             "resolution": c.data.resolution,
-            "fields": list(c.data.fields),
+            "conditions": _conditions(c),
             "reference": fingerprint(self.reference),
             "network": self.extractor.digest,
             "first_stage": tensors.digest(self._first_stage),
@@ -198,12 +202,15 @@ class SamplesFID:
         weights = gather({name: pipe.variables[name] for name in ("denoiser", "conditioner")})
         if not distributed.is_main():
             return
+        # What was measured otherwise may be of another first stage: a whole model takes its place.
+        target = folder if before else self._workdir / _FRESH
+        if before is None:
+            weights["first_stage"] = self._first_stage
         try:
-            if before is None:  # the first stage may be another one
-                shutil.rmtree(folder, ignore_errors=True)
-                weights["first_stage"] = self._first_stage
+            if target != folder:
+                shutil.rmtree(target, ignore_errors=True)  # of a run that was cut off
             files.save_model(
-                folder,
+                target,
                 self._config,
                 weights,
                 pipe.step,
@@ -211,11 +218,33 @@ class SamplesFID:
                 files.tokenizer_folder(self._workdir, self._config),
                 {"fid": repr(fid), "fid_settings": self.settings},
             )
+            if target != folder:
+                _replace(folder, target, self._workdir / _FORMER)
         except OSError as error:
             raise UserError(
                 f"cannot write the best weights to {folder} ({error.strerror}): make room and "
                 "start the same command again, or set config.train.fid_every=0"
             ) from error
+
+
+def _replace(folder: pathlib.Path, fresh: pathlib.Path, former: pathlib.Path) -> None:
+    """Puts the folder `fresh` in the place of `folder`, which is removed once that is done.
+
+    Cut off between the two renames, what was there is `former`; `read_best` finds it.
+    """
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(folder, former)
+    os.replace(fresh, folder)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _conditions(config: ConfigDict) -> dict[str, Any] | None:
+    """What the conditions of samples come from; None of a model without any."""
+    c = config.data
+    if not config.conditioners:
+        return None
+    return {"fields": list(c.fields), "source": c.source, "split": c.split, "where": c.where}
 
 
 def _given(config: ConfigDict, extractor: Extractor) -> References:

@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ldm_jax import config as config_lib
 from ldm_jax import weights
 from ldm_jax import workdir as files
+from ldm_jax.data.bad import TolerantSource
 from ldm_jax.data.sources import Source, open_source
 from ldm_jax.errors import UserError
 from ldm_jax.judges import load_networks
@@ -25,7 +26,7 @@ from ldm_jax.training.sharding import make_mesh
 
 PER_DEVICE = 8  # images at a time, unless one says otherwise
 # Of a record; what is of a first stage has none.
-SECTIONS = ("condition", "likelihood", "samples", "memorisation")
+SECTIONS = ("condition", "likelihood", "samples", "foreign_samples", "memorisation")
 
 
 def evaluate_first_stage(
@@ -86,17 +87,49 @@ def evaluate_first_stage(
 
 
 def write_record(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Writes what was measured as JSON; sections of other kinds of evaluation stay in it."""
+    """Writes what was measured as JSON; sections of other kinds of evaluation stay in it.
+
+    Metrics of the same samples stay too, see `merge_samples`.
+    """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = {}
     before = before if isinstance(before, dict) else {}
     if any(name in record for name in SECTIONS):
+        for name in ("samples", "foreign_samples"):
+            if name in record and isinstance(before.get(name), dict):
+                record = record | {name: merge_samples(before[name], record[name])}
         record = before | record
     else:
         record = record | {name: before[name] for name in SECTIONS if name in before}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def merge_samples(before: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of samples with the metrics of an earlier one, where both are of the same.
+
+    They are where the samples (by their digest: weights, seeds, settings, conditions and number),
+    the networks that both took and the references of these agree; else the earlier one is dropped.
+    """
+
+    def same(part: str, key: str) -> bool:
+        old, new = before.get(part, {}), record.get(part, {})
+        return all(old[name].get(key) == new[name].get(key) for name in old.keys() & new.keys())
+
+    agree = record.get("samples_digest") and (
+        before.get("samples_digest") == record["samples_digest"]
+        and same("networks", "digest")
+        and same("references", "digest")
+    )
+    if not agree:
+        return dict(record)
+    joined = {
+        part: {**before.get(part, {}), **record.get(part, {})}
+        for part in ("metrics", "networks", "references")
+    }
+    notes = [*before.get("notes", ()), *record.get("notes", ())]
+    return {**record, **joined, "notes": list(dict.fromkeys(notes))}
 
 
 def add_to_readme(workdir: pathlib.Path, line: str) -> None:
@@ -156,7 +189,8 @@ def _open_images(config: ConfigDict, spec: str, split: str) -> tuple[Source, dic
     origin = {"source": spec or data.source, "split": split or default}
     origin["where"] = data.where if own else ""
     source, chosen, where = origin.values()
-    return open_source(source, split=chosen, where=where, label=""), origin
+    opened = open_source(source, split=chosen, where=where, label="")
+    return TolerantSource(opened, data.max_bad, None), origin
 
 
 def _sha256(path: pathlib.Path) -> str:

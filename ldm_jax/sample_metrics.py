@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ldm_jax import arguments, distributed, extractors, image_origins, memory
+from ldm_jax import distributed, extractors, image_origins, memory
 from ldm_jax import workdir as files
-from ldm_jax.diffusion.samplers import nearest_eta
 from ldm_jax.errors import UserError
 from ldm_jax.held_out import open_examples
 from ldm_jax.image_features import Origin, collect, foresee
@@ -29,6 +28,7 @@ from ldm_jax.metrics.sets import (
 )
 from ldm_jax.pipeline import Pipeline
 from ldm_jax.sample_references import open_references, write_references
+from ldm_jax.sample_settings import MADE_HERE, described, refuse, sample_settings
 from ldm_jax.training.sharding import make_mesh
 
 NUM_SAMPLES = 50_000  # as published
@@ -104,7 +104,7 @@ def evaluate_samples(
     _check(workdir, request)
     needed = needed_of(request.metrics)
     config = None if workdir is None else _data(files.read_config(workdir), request)
-    pipe, samples, described = None, None, {}
+    pipe, samples, made = None, None, {}
     if request.samples:
         path = pathlib.Path(request.samples).expanduser()
         samples = image_origins.sample_files(path, request.num_samples or 0)
@@ -114,7 +114,7 @@ def evaluate_samples(
     else:
         pipe = _load(workdir)
         mesh = pipe.mesh
-        samples, described = _sampled(workdir, pipe, config, request)
+        samples, made = _sampled(workdir, pipe, config, request)
     networks = _networks(request, mesh)
     size = samples.size if samples else (config.data.resolution,) * 2
     with distributed.agreed():
@@ -146,7 +146,7 @@ def evaluate_samples(
         "num_samples": samples.count,
         "size": list(samples.size),
         "samples": samples.title,
-        **described,
+        **made,
         "networks": {
             name: {"digest": network.digest, "resize": network.resize}
             for name, network in networks.items()
@@ -183,12 +183,25 @@ def _check(workdir: pathlib.Path | None, request: Request) -> None:
             "no workdir given: use --workdir=runs/quickstart, or both --samples and --reference"
         )
     if request.samples:
-        own = {"sampler": request.sampler, "steps": request.steps}
-        own |= {"guidance_scale": request.guidance_scale, "batch_size": request.batch_size}
-        own["seed"] = request.seed or None
-        for name, value in own.items():
-            if value is not None:
-                raise UserError(f"--{name} is of samples that are made here: leave it out")
+        refuse(request, (*MADE_HERE, "labels"), "is of samples that are made here")
+    elif count == 0:
+        refuse(request, (*MADE_HERE, "labels"), "is of samples, of which --num_samples=0 makes none")
+    if "dino" not in {METRICS[name].network for name in request.metrics}:
+        refuse(request, ("dino",), "is of fd_dino, which is not among the --metrics")
+    if not referred:
+        refuse(request, ("reference", "num_images", "force"), "is of metrics such as fid")
+    if request.samples or count == 0:
+        _refuse_data(request)
+
+
+def _refuse_data(request: Request) -> None:
+    """Refuses to name data that give neither conditions nor, it may be, real images."""
+    if request.reference.endswith(".npz"):
+        refuse(request, ("source", "split"), "is of data, but --reference is a file")
+    elif request.reference:  # which may have splits
+        refuse(request, ("source",), "is of data, but --reference is a folder")
+    elif not needed_of(request.metrics):
+        refuse(request, ("source", "split"), "is of metrics such as fid")
 
 
 def _load(workdir: pathlib.Path) -> Pipeline:
@@ -215,7 +228,7 @@ def _sampled(
     workdir: pathlib.Path, pipe: Pipeline, config: ConfigDict, request: Request
 ) -> tuple[Origin, dict[str, Any]]:
     """The samples of a model, and what the record says of them."""
-    s, data = pipe.config.sample, config.data
+    data = config.data
     conditions, drawn_from = image_origins.no_conditions, {}
     if request.labels == "uniform":
         conditions = image_origins.uniform_labels(config, request.seed)
@@ -233,25 +246,16 @@ def _sampled(
         conditions = image_origins.data_conditions(config, reader, request.seed)
         drawn_from = {name: data[name] for name in ("source", "split", "where")}
         drawn_from["examples"] = len(reader)
+    if not drawn_from.get("source"):
+        _refuse_data(request)
     condition = conditions(0, 1).get("condition")
-    sampler = s.sampler if request.sampler is None else request.sampler
-    settings = {
-        "sampler": sampler,
-        "steps": s.steps if request.steps is None else request.steps,
-        "eta": nearest_eta(sampler, s.eta),
-        "spacing": s.spacing,
-        "guidance_scale": arguments.choose_scale(pipe.config, request.guidance_scale, condition),
-    }
+    settings = sample_settings(pipe.config, request, condition)
     count = NUM_SAMPLES if request.num_samples is None else request.num_samples
     samples = image_origins.samples(
         pipe, conditions, count, request.seed, settings, drawn_from, request.batch_size
     )
-    described = {"seed": request.seed, **settings}
-    if settings["guidance_scale"] != 1:
-        described["guidance_rescale"] = s.guidance_rescale
-        described["guidance_interval"] = list(s.guidance_interval)
-    described |= {"conditions": drawn_from, "checkpoint_step": pipe.step}
-    return samples, described | {"weights": samples.about["weights"]}
+    record = described(pipe, request.seed, settings, samples.about["weights"])
+    return samples, record | {"conditions": drawn_from}
 
 
 def _networks(request: Request, mesh: Mesh) -> dict[str, Extractor]:

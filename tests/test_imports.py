@@ -33,7 +33,7 @@ ORDER = (
     ("arguments", "pipeline_conditions", "sampling_memory", "classifier_files"),
     ("autoguidance", "batches"),
     ("pipeline", "cli"),
-    ("workdir",),
+    ("workdir", "sample_settings"),
     ("compatibility", "stored_latents"),
     ("convert",),
     ("weights",),

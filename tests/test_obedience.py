@@ -106,6 +106,7 @@ def test_all_conditions_of_a_model_are_measured(tmp_path, fetched, capsys):
     assert set(judges) == {"label", "text", "layout", "segmentation"}
     assert all(0 <= judge["held_out"] <= 1 for judge in judges.values())
     del record["figures"]
+    assert len(record.pop("weights")) == 64
     assert record == {
         "num_images": 50,
         "source": "scenes",
@@ -114,6 +115,8 @@ def test_all_conditions_of_a_model_are_measured(tmp_path, fetched, capsys):
         "seed": 3,
         "sampler": "ddim",
         "steps": 2,
+        "eta": 1.0,
+        "spacing": "leading",
         "guidance_scale": 1.0,
         "checkpoint_step": 0,
         "notes": [],

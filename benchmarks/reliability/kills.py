@@ -135,7 +135,8 @@ def _kill(
     allowed = {"SIGTERM": (PREEMPTED, UNHEARD), "SIGKILL": (-signal.SIGKILL, PREEMPTED, UNHEARD)}
     if code == 0:
         return None
-    if code not in allowed[signals[-1]]:
+    # The system answers while Python starts; afterwards it must not.
+    if code not in allowed[signals[-1]] or (code == UNHEARD and life.listens):
         raise RuntimeError(f"{signals} ended the run with code {code}:\n{life.text()}")
     return {
         "signals": "+".join(signals),
@@ -176,6 +177,8 @@ def preempt(out: pathlib.Path, trials: int, steps: int, seed: int, say: Say) -> 
             life.send(signal.SIGTERM, sent + chance.random())
         code = life.end()
         seconds = life.seconds() - sent
+        if code not in (0, PREEMPTED) and not (code == UNHEARD and not life.listens):
+            raise RuntimeError(f"SIGTERM ended the run with code {code}:\n{life.text()}")
         if not heard or code == 0:
             if code:
                 raise RuntimeError(f"the run ended with code {code}:\n{life.text()}")

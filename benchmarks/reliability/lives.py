@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ class Life:
         environment |= {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": machine.XLA_FLAGS}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-m", "ldm_jax.train", f"--config={CONFIG}:{argument}"]
+        self.listens = False  # when it was last sent a signal
         self._begin = time.monotonic()
         self.process = subprocess.Popen(
             [*command, f"--workdir={workdir}"],
@@ -59,9 +62,16 @@ class Life:
         try:
             self.process.wait(max(0.0, moment - self.seconds()))
         except subprocess.TimeoutExpired:
+            self.listens = self.listens or self._catches()
             self.process.send_signal(number)
             return True
         return False
+
+    def _catches(self) -> bool:
+        """Whether the process, and not the system, answers SIGTERM."""
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+        return bool(caught >> (signal.SIGTERM - 1) & 1)
 
     def end(self) -> int:
         """Waits for its end; returns its exit code, -N for signal N.

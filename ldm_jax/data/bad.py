@@ -36,11 +36,16 @@ class TolerantSource:
         source: where the examples come from.
         max_bad: share of the set, from 0 to 1, above which bad examples end a run.
         path: a file with a line for each, its name and what is wrong, which runs that go on read
-            and several processes share; made when there is one.
+            and several processes share; made when there is one. None keeps no list.
+        total: examples of the set, where `source` is a part of it that was drawn: the share is of
+            these; 0 = those of `source`.
     """
 
-    def __init__(self, source: Source, max_bad: float, path: pathlib.Path):
+    def __init__(
+        self, source: Source, max_bad: float, path: pathlib.Path | None, total: int = 0
+    ) -> None:
         self._source, self._max_bad, self._path = source, max_bad, path
+        self._total = total or len(source)
         self._lock = threading.Lock()
         self._known = _read_names(path)
         self.columns = source.columns
@@ -81,9 +86,9 @@ class TolerantSource:
                 raise
             except UserError as error:
                 self._note(place, error)
+        see = f": see {self._path}" if self._path else ""
         raise UserError(
-            f"there is no good example in place of {self.name(index)} among {_TRIES}: see "
-            f"{self._path}"
+            f"there is no good example in place of {self.name(index)} among {_TRIES}{see}"
         )
 
     def _places(self, index: int) -> Iterator[int]:
@@ -100,14 +105,18 @@ class TolerantSource:
                 self._known |= _read_names(self._path)  # what other processes have found since
             if name not in self._known:
                 self._known.add(name)
-                _append(self._path, f"{name}\t{reason}\n")
+                if self._path:
+                    _append(self._path, f"{name}\t{reason}\n")
                 tqdm.write(f"warning: {reason}; another example takes its place")
-            count, total = len(self._known), len(self)
+            count, total = len(self._known), self._total
         if count > self._max_bad * total:
+            listed = "mend them, or raise max_bad"
+            if self._path:
+                listed = f"All are listed in {self._path}: mend them and remove that list, or "
+                listed += "raise max_bad"
             raise UserError(
                 f"{count} of {total} examples ({count / total:.2%}) are bad, more than "
-                f"config.data.max_bad={self._max_bad:g} allows; the last: {reason}. All are "
-                f"listed in {self._path}: mend them and remove that list, or raise max_bad"
+                f"config.data.max_bad={self._max_bad:g} allows; the last: {reason}. {listed}"
             )
 
 
@@ -118,8 +127,10 @@ def first_good(source: Source, index: int, make: Callable[[int], T]) -> tuple[in
     return index, make(index)
 
 
-def _read_names(path: pathlib.Path) -> set[str]:
+def _read_names(path: pathlib.Path | None) -> set[str]:
     """The names in a file that `_append` has written."""
+    if path is None:
+        return set()
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

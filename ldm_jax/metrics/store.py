@@ -220,9 +220,13 @@ def _short_digest(about: Mapping[str, Any]) -> str:
 
 
 def bytes_needed(kinds: Kinds, images: int, kept: int) -> int:
-    """Bytes of memory for the features of `images` images, of which `kept` are kept."""
+    """Bytes of memory for the features of `images` images, of which `kept` are kept, at most.
+
+    Kept ones are there twice: while they are joined, and where metrics of nearest neighbours move
+    them to another origin.
+    """
     sums = sum(8 * kinds.widths[name] ** 2 for name in kinds.summed)
-    # Kept ones are joined in the end, and what waits is moved to float64.
+    # What waits is moved to float64.
     rows = sum(4 * kinds.widths[name] for name in kinds.kept)
     waiting = sum(12 * kinds.widths[name] for name in kinds.summed)
     return 2 * sums + 2 * rows * kept + waiting * min(images, _ROWS)

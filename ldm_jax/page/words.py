@@ -69,6 +69,7 @@ LAST = ("grad_norm", "learning_rate", "images_per_second", "data_wait_share")
 LINEAR = ("learning_rate", "images_per_second", "data_wait_share")  # axes, however they vary
 SECTIONS = {
     "samples": "Samples",
+    "foreign_samples": "Samples made elsewhere",
     "memorisation": "Memorisation",
     "condition": "Obedience to conditions",
     "likelihood": "Likelihood",
