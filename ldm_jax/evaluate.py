@@ -312,7 +312,7 @@ def _memorisation(root: pathlib.Path, out: pathlib.Path) -> str:
 def _samples(root: pathlib.Path | None, out: pathlib.Path) -> str:
     """Evaluates samples against real images; says what was written."""
     from ldm_jax.records import add_to_readme, write_record
-    from ldm_jax.sample_metrics import Request, evaluate_samples
+    from ldm_jax.sample_metrics import Request, evaluate_samples, section_of
 
     request = Request(
         num_samples=_NUM_SAMPLES.value,
@@ -340,7 +340,7 @@ def _samples(root: pathlib.Path | None, out: pathlib.Path) -> str:
     if distributed.is_main():
         print(evaluation_tables.samples_table(record))
         with cli.writing(out):
-            write_record(out / "metrics.json", {"samples": record})
+            write_record(out / "metrics.json", {section_of(_SAMPLES.value): record})
             if root is not None:
                 add_to_readme(root, evaluation_tables.samples_line(record))
     return "metrics.json and pictures are"

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ FOLDER = "progress"  # in the workdir, with the statistics of the real images
 REFERENCE = "reference.npz"
 REFERENCE_IMAGES = 10_000  # real images at most
 BEST = "best"  # the folder of the best weights, in the workdir
+_FRESH, _FORMER = "best.new", "best.former"  # while one takes the place of the other
 _BATCH_SIZE = 64  # real images at a time
 # What samples follow from; the other keys of config.sample say how many are made at a time, in what
 # memory, and what is shown.
@@ -188,13 +190,15 @@ class SamplesFID:
     def keep_if_best(self, pipe: Pipeline, fid: float) -> None:
         """Writes the model to the workdir's folder `best` unless there is a better one.
 
-        What was measured with other settings is replaced. All hosts must call it.
+        What was measured with other settings is replaced, once the new model is written whole. All
+        hosts must call it.
 
         Raises:
             UserError: it cannot be written.
         """
         folder, before, better = self._workdir / BEST, None, False
         if distributed.is_main():
+            _recover(self._workdir)
             before = read_best(self._workdir, self.settings)
             better = before is None or fid < before.fid
         if not distributed.any_host(better):
@@ -228,15 +232,21 @@ class SamplesFID:
 
 
 def _replace(folder: pathlib.Path, fresh: pathlib.Path, former: pathlib.Path) -> None:
-    """Puts the folder `fresh` in the place of `folder`, which is removed once that is done.
+    """Puts the whole folder `fresh` in the place of `folder`, which is removed once that is done.
 
-    Cut off between the two renames, what was there is `former`; `read_best` finds it.
+    Where this was cut off, the same call goes on.
     """
     if folder.exists():
         shutil.rmtree(former, ignore_errors=True)
         os.replace(folder, former)
     os.replace(fresh, folder)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _recover(workdir: pathlib.Path) -> None:
+    """Ends a replacement that was cut off between its two renames, when the fresh one is whole."""
+    if (workdir / _FORMER).exists() and not (workdir / BEST).exists():
+        _replace(workdir / BEST, workdir / _FRESH, workdir / _FORMER)
 
 
 def _conditions(config: ConfigDict) -> dict[str, Any] | None:

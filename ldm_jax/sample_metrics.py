@@ -16,7 +16,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.held_out import open_examples
 from ldm_jax.image_features import Origin, collect, foresee
 from ldm_jax.metrics.features import Extractor
-from ldm_jax.metrics.references import Reference, fingerprint
+from ldm_jax.metrics.references import Reference, digest_of, fingerprint
 from ldm_jax.metrics.sets import (
     DEFAULT,
     METRICS,
@@ -90,7 +90,8 @@ def evaluate_samples(
 
     Args:
         workdir: of the model; None where `request.samples` and `request.reference` are given.
-        out: folder for what is kept, and for samples.png and reference.png.
+        out: folder for what is kept, and for reference.png and samples.png; the picture of samples
+            made elsewhere is foreign_samples.png.
         request: what to measure.
 
     Returns:
@@ -138,7 +139,8 @@ def evaluate_samples(
     if samples is None:
         return {}
     kinds = kinds_of(request.metrics, networks)
-    found = collect(samples, networks, kinds, out / "features", out / "samples.png")
+    picture = out / f"{section_of(request.samples)}.png"
+    found = collect(samples, networks, kinds, out / "features", picture)
     if found is None:
         return {}
     return {
@@ -146,16 +148,22 @@ def evaluate_samples(
         "num_samples": samples.count,
         "size": list(samples.size),
         "samples": samples.title,
+        "samples_digest": digest_of({**samples.about, "count": samples.count}),
         **made,
         "networks": {
             name: {"digest": network.digest, "resize": network.resize}
             for name, network in networks.items()
         },
         "references": {name: _described(reference) for name, reference in references.items()},
-        "notes": _notes(request, samples.count, references, networks, pipe),
+        "notes": _notes(request, samples, references, networks, pipe),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "seconds": round(time.monotonic() - begin, 1),
     }
+
+
+def section_of(samples: str) -> str:
+    """The section of a record for a model's samples, or else for `samples` made elsewhere."""
+    return "foreign_samples" if samples else "samples"
 
 
 # -- what is asked for --------------------------------------------------------------------------
@@ -185,7 +193,9 @@ def _check(workdir: pathlib.Path | None, request: Request) -> None:
     if request.samples:
         refuse(request, (*MADE_HERE, "labels"), "is of samples that are made here")
     elif count == 0:
-        refuse(request, (*MADE_HERE, "labels"), "is of samples, of which --num_samples=0 makes none")
+        refuse(
+            request, (*MADE_HERE, "labels"), "is of samples: --num_samples=0 makes none"
+        )
     if "dino" not in {METRICS[name].network for name in request.metrics}:
         refuse(request, ("dino",), "is of fd_dino, which is not among the --metrics")
     if not referred:
@@ -302,7 +312,7 @@ def _described(reference: Reference) -> dict[str, Any]:
         "origin": reference.origin,
         "images": reference.count or None,
         "features": kept,
-        "resolution": reference.resolution or None,
+        "size": list(reference.size) if reference.resolution else None,
         "network": reference.digest or None,
         "digest": fingerprint(reference),
     }
@@ -310,13 +320,14 @@ def _described(reference: Reference) -> dict[str, Any]:
 
 def _notes(
     request: Request,
-    count: int,
+    samples: Origin,
     references: Mapping[str, Reference],
     networks: Mapping[str, Extractor],
     pipe: Pipeline | None,
 ) -> list[str]:
     """What limits the figures."""
-    notes = []
+    notes, count = [], samples.count
+    size = "x".join(map(str, samples.size))
     frechet = [name for name in request.metrics if METRICS[name].samples == "statistics"]
     if frechet and count < SENSIBLE:
         notes.append(
@@ -332,6 +343,13 @@ def _notes(
             notes.append(f"the reference does not say which weights of '{name}' made it")
         elif reference.digest != networks[name].digest:
             notes.append(f"forced: the reference is of other weights or another rule than '{name}'")
+        if not reference.resolution:
+            notes.append(
+                f"the reference does not say of which size its images are: make sure of {size}"
+            )
+        elif reference.size != tuple(samples.size):
+            theirs = "x".join(map(str, reference.size))
+            notes.append(f"forced: the reference is of images of {theirs}, the samples of {size}")
     guided = {"low_res", "inpainting"} & set(pipe.config.conditioners) if pipe else ()
     if guided:
         notes.append("--of=condition compares such samples with the true images")

@@ -15,7 +15,7 @@ from ldm_jax.errors import UserError
 from ldm_jax.image_features import Origin, collect
 from ldm_jax.image_origins import data_images
 from ldm_jax.metrics.features import Extractor
-from ldm_jax.metrics.references import Reference, load_reference, save_reference
+from ldm_jax.metrics.references import Reference, digest_of, load_reference, save_reference
 from ldm_jax.metrics.sets import Needed, RealCount
 from ldm_jax.metrics.store import Kinds, shared_kinds
 
@@ -91,6 +91,7 @@ class References(NamedTuple):
         )
         if found is None:
             return {}
+        made_of = digest_of({**self.origin.about, "count": found.count})
         return {
             name: Reference(
                 *found.statistics[f"{name}.pool"],
@@ -102,6 +103,8 @@ class References(NamedTuple):
                 network=name,
                 resolution=self.origin.size[0],
                 origin=self.origin.title,
+                width=self.origin.size[1],
+                made_of=made_of,
             )
             for name, network in self.networks.items()
         }
@@ -191,9 +194,10 @@ def _existing(path: pathlib.Path, network: str) -> pathlib.Path:
 def _check_size(
     path: pathlib.Path, reference: Reference, size: tuple[int, int], force: bool
 ) -> None:
-    if force or not reference.resolution or reference.resolution == size[0]:
+    if force or not reference.resolution or reference.size == tuple(size):
         return
+    theirs, ours = (f"{height}x{width}" for height, width in (reference.size, size))
     raise UserError(
-        f"{path} is of images of {reference.resolution} pixels, but the samples have {size[0]}: a "
+        f"{path} is of images of {theirs} (height x width), but the samples have {ours}: a "
         "distance between sets needs one size; make it again of this size, or add --force"
     )

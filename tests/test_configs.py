@@ -19,8 +19,9 @@ from ldm_jax.training.steps import diffusion_functions
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.py") if path.stem != "imported")
 # One runs by default, a first stage with all its losses and options; class-conditional models run
-# in test_end_to_end.py, models with cross-attention in test_fine_tuning.py.
-DEFAULT = {"autoencoder_vq_f4", "emoji_layout"}
+# in test_end_to_end.py, models with cross-attention in test_fine_tuning.py, transformers in
+# reliability/test_resume.py.
+DEFAULT = {"autoencoder_vq_f4"}
 
 
 def load(path: pathlib.Path, arg: str = ""):

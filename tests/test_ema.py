@@ -83,6 +83,7 @@ def test_averages_differ_and_those_of_the_usual_decay_are_the_usual_ones(workdir
             assert np.abs(a - b).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_stores_the_same_and_nothing_twice(workdir, tmp_path):
     run(make_config(4), tmp_path / "run")
     written = {name: path.stat().st_mtime_ns for name, path in snapshots(tmp_path / "run").items()}
@@ -96,6 +97,7 @@ def test_a_resumed_run_stores_the_same_and_nothing_twice(workdir, tmp_path):
             assert path.stat().st_mtime_ns == written[name], name
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_otherwise_forgets_what_it_was(tmp_path):
     """Averages of steps 4, 8 and 10, the newest checkpoint at 6: those of 8 and 10 must go."""
     root = tmp_path / "run"

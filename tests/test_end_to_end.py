@@ -247,6 +247,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_first_stage_of_another_run_is_used(workdir, tmp_path):
     args = [f"--config={QUICKSTART}:smoke", f"--config.first_stage.weights={workdir}"]
     command("train", *args, f"--workdir={tmp_path / 'run'}")
@@ -261,6 +262,7 @@ def test_first_stage_of_another_run_is_used(workdir, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_undisturbed_one(tmp_path):
     """A real SIGINT in either stage: exit code 75, and bit-equal parameters after resuming."""
     steps = []

@@ -261,6 +261,7 @@ def test_the_sides_that_a_classifier_takes(pipe):
         sample(coarser, classifier_scale=1.0, size=(32, 36))
 
 
+@pytest.mark.slow
 def test_what_guides_is_counted_in_the_memory(pipe, weak):
     """Only compiled: nothing of this is run."""
     large = dict(size=(64, 64), tile=0)

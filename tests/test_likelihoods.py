@@ -198,9 +198,15 @@ def test_models_without_a_part_or_with_nans_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--of=likelihood", "--metrics=psnr"], "--metrics is of --of=reconstruction: leave"),
-        (["--of=likelihood", "--sampler=ddim"], "--sampler is of --of=condition: leave"),
-        (["--seed=3"], "--seed is of --of=condition or likelihood: leave"),
+        (
+            ["--of=likelihood", "--metrics=psnr"],
+            "--metrics is of --of=reconstruction or samples: leave",
+        ),
+        (
+            ["--of=likelihood", "--sampler=ddim"],
+            "--sampler is of --of=condition or memorisation or samples: leave",
+        ),
+        (["--seed=3"], "--seed is of --of=condition or likelihood or memorisation or samples: "),
     ],
 )
 def test_bad_commands_get_one_clear_line(args, message):

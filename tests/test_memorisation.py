@@ -119,16 +119,21 @@ def test_samples_made_elsewhere(tmp_path):
     assert "40 samples beside 40 training images and their mirror images (emoji," in done.stdout
     assert "note: no distances by Inception: " in done.stdout
     record = json.loads((root / "evaluation" / "metrics.json").read_text())["memorisation"]
-    assert list(record["spaces"]) == ["pixels", "lpips"] or "no LPIPS" in done.stdout
+    # The small LPIPS is this process's: the command finds no whole one.
+    assert list(record["spaces"]) == ["pixels"] and "note: no LPIPS: " in done.stdout
+    assert record["networks"] == {}
+    assert "memory for 100 samples and held-out images at most: 0.01 GB, " in done.stdout
     pixels = record["spaces"]["pixels"]
     # Copies are below any threshold, and noise is not.
     assert pixels["share"] == 0.75 and pixels["least"] == 0
-    assert pixels["standard_error"] == pytest.approx(np.sqrt(0.75 * 0.25 / 40))
+    # The second part is that of a threshold that follows from 60 images.
+    error = np.sqrt(0.75 * 0.25 / 40 + 0.05 * 0.95 / 60)
+    assert pixels["standard_error"] == pytest.approx(error)
     assert pixels["held_out_share"] == pytest.approx(0.05, abs=1 / 60)
     assert len(record["closest"]) == 32
     assert {entry["sample"] for entry in record["closest"][:30]} == set(range(30))
     picture = np.asarray(Image.open(root / "evaluation" / "memorisation.png"))
-    rows = 1 + len(record["spaces"])  # the first tile: a copy, and below it the same image
+    rows = 2  # the first tile: a copy, and below it the same image
     np.testing.assert_array_equal(picture[4:36, 4:36], picture[36:68, 4:36])
     assert (picture.shape[0] - 4) % (rows * 32 + 4) == 0
 
@@ -147,7 +152,14 @@ def test_samples_of_a_model_have_the_conditions_of_held_out_images(tmp_path, mon
     record, sheet = evaluate_memorisation(root, Request(num_images=20, seed=5, steps=1))
     ((seeds, condition, settings),) = given
     assert seeds == list(range(5, 25)) and condition["label"].shape == (20,)
-    assert settings["steps"] == 1 and settings["sampler"] == "ddim"
+    assert settings == {
+        "sampler": "ddim", "steps": 1, "eta": 1.0, "spacing": "leading", "guidance_scale": 1.0
+    }  # fmt: skip
+    assert settings.items() <= record.items()
+    assert list(record["spaces"]) == ["pixels", "lpips"]
+    lpips = judges.load_networks(["lpips"])["lpips"]
+    assert record["networks"] == {"lpips": tensors.digest(lpips)}
+    assert record["weights"] == tensors.digest(pipe.variables)
     assert record["held_out"] == {
         "num_images": 20, "source": "emoji", "split": "train[300:600]"
     }  # fmt: skip
@@ -159,12 +171,34 @@ def test_samples_of_a_model_have_the_conditions_of_held_out_images(tmp_path, mon
     assert fewer["training"]["num_images"] == 10
 
 
-def test_what_cannot_be_told(tmp_path):
+def test_the_error_of_a_share_has_that_of_the_threshold():
+    """Samples that are like the held-out images: the error is the spread of their shares."""
+    random, shares, squares = np.random.RandomState(0), [], []
+    for _ in range(4000):
+        drawn = random.standard_normal(400 + 100)
+        found = {"pixels": memorisation.Found(drawn, np.zeros(500, int))}
+        record = memorisation._figures(found, 400)[0]["pixels"]
+        shares.append(record["share"])
+        squares.append(record["standard_error"] ** 2)
+    # 4000 draws tell a spread to 1.1 %; that of the threshold is the larger part, and half of all
+    # without it; 10 % is what a threshold among so few images takes off its binomial variance.
+    assert np.mean(shares) == pytest.approx(0.05, abs=0.01)
+    assert np.std(shares) == pytest.approx(np.sqrt(np.mean(squares)), rel=0.1)
+
+
+def test_what_cannot_be_told(tmp_path, monkeypatch):
     root = save(tmp_path / "run", toy())
     with pytest.raises(UserError, match=r"40 of the 40 images of --split=train\[:40\] are trained"):
         evaluate_memorisation(root, Request(split="train[:40]"))
     with pytest.raises(UserError, match="19 held-out images are too few"):
         evaluate_memorisation(root, Request(num_images=19))
+    for name in ("seed", "steps", "guidance_scale", "batch_size"):
+        with pytest.raises(UserError, match=f"--{name} is of samples that are made here"):
+            evaluate_memorisation(root, Request(samples="made.npz", **{name: 3}))
+    save_numbered(tmp_path / "alike", np.zeros((1, 32, 32, 3), np.uint8))
+    monkeypatch.setattr("ldm_jax.memorisation.memory.free_on_host", lambda: 1000)
+    with pytest.raises(UserError, match=r"at most: 0\.00 GB, 0\.0 GB .*--samples with fewer"):
+        evaluate_memorisation(root, Request(samples=str(tmp_path / "alike"), num_images=20))
     save_numbered(tmp_path / "made", np.zeros((1, 16, 16, 3), np.uint8))
     with pytest.raises(UserError, match="has images of 16x16, but training images have 32x32"):
         evaluate_memorisation(root, Request(samples=str(tmp_path / "made"), num_images=20))

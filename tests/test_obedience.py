@@ -86,6 +86,7 @@ SHARES = ("class_accuracy", "caption_retrieval", "box_class_accuracy", "box_iou"
 SHARES += ("pixel_agreement", "object_pixel_agreement")
 
 
+@pytest.mark.slow
 def test_all_conditions_of_a_model_are_measured(tmp_path, fetched, capsys):
     root = save(tmp_path / "run", toy(*ALL))
     record, sheet = evaluate_conditions(root, Request(num_images=50, seed=3))

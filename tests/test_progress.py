@@ -123,7 +123,7 @@ def test_a_given_reference(tmp_path):
     assert fid(Pipe(source)) == pytest.approx(0, abs=1e-6)
     assert not (tmp_path / progress.FOLDER).exists()
     larger = toy(**{"train.fid_reference": str(given), "data.resolution": 16})
-    with pytest.raises(UserError, match="8 pixels"):
+    with pytest.raises(UserError, match="images of 8x8"):
         progress.check(larger, source, make_mesh())
 
 
@@ -166,6 +166,60 @@ def test_figures_of_other_settings_are_not_compared(tmp_path, what):
     stored = tensors.open_tensors(tmp_path / progress.BEST / "first_stage" / files.WEIGHTS)[0]
     scale = np.asarray(stored["latents/scale"])[0]
     assert scale == (2 if what == "first stage" else 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"sample.batch_size": 4, "sample.num_samples": 4, "sample.two_calls": True}, True),
+        ({"sample.steps": 2}, False),
+        ({"data.split": "test"}, True),  # of a model without conditions
+    ],
+)
+def test_settings_that_change_no_figure_keep_the_best(tmp_path, changes, kept):
+    source = Images()
+    fid_of(tmp_path, source).keep_if_best(Pipe(source, step=1), 1.0)
+    other = fid_of(tmp_path, source, toy(**changes))
+    # The real images' names are what tells their split.
+    other.reference = fid_of(tmp_path, source).reference
+    other.keep_if_best(Pipe(source, step=2), 50.0)
+    assert progress.read_best(tmp_path).step == (1 if kept else 2)
+
+
+def test_conditions_of_other_data_are_not_compared():
+    c = toy()
+    label = dict(num_classes=3, width=32, slot="vector")
+    c.label.update(label)
+    c.conditioners, c.data.fields = ("label",), ("label",)
+    before = progress._conditions(c)
+    assert before["split"] == c.data.split
+    c.data.split = "test"
+    assert progress._conditions(c) != before
+    assert progress._conditions(toy()) is None
+
+
+def test_the_former_best_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    source, config = Images(), toy(**{"train.fid_samples": 6})
+    fid_of(tmp_path, source).keep_if_best(Pipe(source, step=1), 1.0)
+    other, save = fid_of(tmp_path, source, config), files.save_model
+
+    def full(folder, *args):
+        save(folder, *args)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_model", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            other.keep_if_best(Pipe(source, step=2), 50.0)
+    assert progress.read_best(tmp_path) == progress.Best(1, 1.0)
+    # Cut off after the first rename, what is new takes its place at the next start.
+    other.keep_if_best(Pipe(source, step=3), 50.0)
+    assert not list(tmp_path.glob("best.*"))
+    (tmp_path / "best").rename(tmp_path / "best.new")
+    (tmp_path / "best.former").mkdir()
+    other.keep_if_best(Pipe(source, step=4), 60.0)
+    assert progress.read_best(tmp_path) == progress.Best(3, 50.0)
+    assert not list(tmp_path.glob("best.*"))
 
 
 def test_what_cannot_be_measured_is_refused_before_any_work(monkeypatch, tmp_path):

@@ -123,9 +123,12 @@ def test_samples_of_a_model_against_its_training_data(workdir, tmp_path, capsys)
     )
     assert values["fd_dino"]["value"] != values["fid"]["value"]
     kid = kernel.kernel_distance(real, fake)
-    np.testing.assert_allclose([*values["kid"].values()], kid, rtol=1e-3, atol=1e-6)
+    found = [values["kid"][key] for key in ("value", "standard_error")]
+    np.testing.assert_allclose(found, kid, rtol=1e-3, atol=1e-6)
     score = scores.inception_score(extract(made, "logits"))
-    np.testing.assert_allclose([*values["is"].values()], score, **close)
+    found = [values["is"][key] for key in ("value", "std")]
+    np.testing.assert_allclose(found, score, **close)
+    assert values["recall"]["features"] == "inception.pool"  # published with VGG-16
     near = manifold.precision_recall(real, fake) + manifold.density_coverage(real, fake)
     names = ("precision", "recall", "density", "coverage")
     assert [values[name]["value"] for name in names] == pytest.approx(near)
@@ -144,7 +147,8 @@ def test_samples_of_a_model_against_its_training_data(workdir, tmp_path, capsys)
     networks = record["networks"]
     assert networks["inception"]["digest"] != networks["dino"]["digest"]
     reference = record["references"]["inception"]
-    assert reference["images"] == reference["features"] == 60 and reference["resolution"] == 8
+    assert reference["images"] == reference["features"] == 60
+    assert reference["size"] == [8, 8]
     assert reference["network"] == networks["inception"]["digest"]
     assert "45 samples are biased upwards: 50,000 are customary" in record["notes"][0]
     json.dumps(record)
@@ -318,9 +322,20 @@ def test_references_that_do_not_fit_are_refused_unless_forced(archives, tmp_path
     entries = dict(np.load(given["reference"]))
     about = json.loads(str(entries["about"])) | {"resolution": 16}
     np.savez(tmp_path / "large.npz", **(entries | {"about": np.array(json.dumps(about))}))
-    with pytest.raises(UserError, match="of images of 16 pixels, but the samples have 8"):
+    with pytest.raises(UserError, match="of images of 16x16 .*, but the samples have 8x8"):
         large = str(tmp_path / "large.npz")
         evaluate_samples(None, tmp_path, request._replace(reference=large))
+    about |= {"resolution": 8, "width": 16}
+    np.savez(tmp_path / "wide.npz", **(entries | {"about": np.array(json.dumps(about))}))
+    wide = request._replace(reference=str(tmp_path / "wide.npz"))
+    with pytest.raises(UserError, match="of images of 8x16 .*, but the samples have 8x8"):
+        evaluate_samples(None, tmp_path, wide)
+    forced = evaluate_samples(None, tmp_path, wide._replace(force=True))
+    assert "forced: the reference is of images of 8x16, the samples of 8x8" in forced["notes"]
+    bare = tmp_path / "bare.npz"
+    np.savez(bare, mu=entries["mu"], sigma=entries["sigma"])
+    found = evaluate_samples(None, tmp_path, request._replace(reference=str(bare)))
+    assert any("does not say of which size" in note for note in found["notes"])
     with pytest.raises(UserError, match="has statistics only, but KID"):
         evaluate_samples(None, tmp_path, request._replace(metrics=("kid",)))
 
@@ -357,6 +372,13 @@ def test_images_that_are_not_alike_are_refused(mode, size, message, archives, tm
         (dict(reference="nowhere.npz", num_images=3), "--num_images is of images"),
         (dict(samples="nowhere"), "neither a folder of images nor an .npz file"),
         (dict(samples="x", steps=3), "--steps is of samples that are made here"),
+        (dict(samples="x", labels="uniform"), "--labels is of samples that are made here"),
+        (dict(metrics=("fid",), dino="x"), "--dino is of fd_dino, which is not among"),
+        (dict(samples="x", reference="y", source="emoji"), "--source is of data, but .* a folder"),
+        (dict(samples="x", reference="y.npz", split="test"), "--split is of data, but .* a file"),
+        (dict(samples="x", metrics=("is",), source="emoji"), "--source is of metrics such as fid"),
+        (dict(labels="uniform", reference="y.npz", split="train"), "--split is of data, but"),
+        (dict(metrics=("is",), reference="y.npz"), "--reference is of metrics such as fid"),
         (dict(metrics=("kid",), num_samples=39), "kid: .*at least 40 images.*, or leave 'kid' out"),
         (dict(metrics=("recall",), num_samples=3), "recall: .*at least 4 images"),
         (dict(metrics=("is",), num_samples=19), "is: .*at least 20 images"),
@@ -397,6 +419,67 @@ def test_features_of_a_part_of_many_real_images_are_kept(archives, tmp_path, mon
     fake = np.load(archives / "fake.npz")["arr_0"]
     fid = frechet_distance(*statistics(extract(real)), *statistics(extract(fake)))
     np.testing.assert_allclose(record["metrics"]["fid"]["value"], fid, rtol=1e-4)  # of all
+
+
+def test_a_data_set_with_a_bad_image_is_evaluated_as_it_was_trained_on(archives, tmp_path, capfd):
+    real = np.load(archives / "real.npz")["arr_0"]
+    save_numbered(tmp_path / "real", real)
+    names = sorted((tmp_path / "real").glob("*.png"))
+    names[17].write_bytes(b"no image")
+    request = Request(
+        ("fid", "kid"), samples=str(archives / "fake.npz"), reference=str(tmp_path / "real")
+    )
+    with pytest.raises(UserError, match=r"1 of 60 examples .* more than config.data.max_bad=0.01"):
+        evaluate_samples(None, tmp_path / "out", request)
+    config = toy(**{"data.max_bad": 0.02, "data.source": f"folder:{tmp_path / 'real'}"})
+    config.data.split = "train"
+    origin = image_origins.data_images(config, (8, 8))
+    rows = np.concatenate([*origin.parts(0)])
+    kept = np.delete(np.arange(60), 17)
+    np.testing.assert_array_equal(rows[kept], real[kept])
+    assert (rows[17] == real).all((1, 2, 3)).sum() == 1  # another one, as in training
+    np.testing.assert_array_equal(np.concatenate([*origin.parts(16)]), rows[16:])
+    # Conditions, and what is judged: with the names of those that were read.
+    config.data.resolution = 16
+    rows = np.concatenate([*image_origins.data_images(config, (16, 16)).parts(0)])
+    reader = open_examples(config, tmp_path, "train")
+    held = reader.read(range(15, 20))
+    assert len(set(held.names)) == 5 and reader.source.name(17) not in held.names
+    np.testing.assert_array_equal(held.images, rows[15:20])
+    assert capfd.readouterr().out.count("another example takes its place") >= 2
+    # Of few that are drawn the share is that of the whole set.
+    assert len(reader.only(range(15, 20)).read(range(5)).images) == 5
+
+
+def test_metrics_of_the_same_samples_are_kept_together(archives, tmp_path):
+    file = tmp_path / "metrics.json"
+    request = Request(
+        ("fid",), samples=str(archives / "fake.npz"), reference=str(archives / "real.npz")
+    )
+
+    def write(**changes):
+        record = evaluate_samples(None, tmp_path / "out", request._replace(**changes))
+        records.write_record(file, {"foreign_samples": record})
+        return json.loads(file.read_text())["foreign_samples"]
+
+    first = write()
+    found = write(metrics=("kid", "is"))
+    assert list(found["metrics"]) == ["fid", "kid", "is"]
+    assert found["metrics"]["fid"] == first["metrics"]["fid"]
+    assert len(found["notes"]) == len(set(found["notes"])) > 0
+    # Of fewer samples, another resize rule or another reference nothing is kept.
+    for changes in (
+        dict(num_samples=45),
+        dict(resize="tensorflow"),
+        dict(reference=str(archives / "fake.npz")),
+    ):
+        assert list(write(**changes)["metrics"]) == ["fid"]
+        write()
+        assert list(write(metrics=("kid",), **changes)["metrics"]) == ["kid"]
+    # The digest of a reference does not depend on how many images are read at a time.
+    assert (
+        first["references"]["inception"]["digest"] == write()["references"]["inception"]["digest"]
+    )
 
 
 # -- the command --------------------------------------------------------------------------------
@@ -449,7 +532,14 @@ def test_the_command_writes_a_section_and_a_line(evaluate, workdir, archives, ca
         evaluate.main()
     with flagsaver.flagsaver(**given, out=str(archives / "out")):
         evaluate.main()
-    assert list(json.loads((archives / "out" / "metrics.json").read_text())) == ["samples"]
+    assert list(json.loads((archives / "out" / "metrics.json").read_text())) == ["foreign_samples"]
+    # Beside a model's own figures they are a section of their own.
+    with flagsaver.flagsaver(**given, workdir=str(root)):
+        evaluate.main()
+    both = json.loads((root / "evaluation" / "metrics.json").read_text())
+    assert list(both) == ["condition", "samples", "foreign_samples"]
+    assert both["samples"] == record["samples"]
+    assert (root / "evaluation" / "foreign_samples.png").is_file()
     with flagsaver.flagsaver(metrics=["fid"]), pytest.raises(UserError, match="no workdir given"):
         evaluate.main()
 

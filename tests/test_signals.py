@@ -78,10 +78,9 @@ def test_a_signal_at_the_first_moment(arguments, tmp_path):
         process.send_signal(number)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 75, err
-    assert (out, err) == (
-        "stopped before anything was done; the same command begins again\n",
-        "\nSIGTERM: stopping ...\n",
-    )
+    assert out == "stopped before anything was done; the same command begins again\n"
+    # Of two that come at the same moment, either may be heard first; one is told of.
+    assert re.fullmatch(r"\nSIG(TERM|INT): stopping ...\n", err)
     assert not (tmp_path / "run").exists()
 
 

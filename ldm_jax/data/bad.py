@@ -110,7 +110,7 @@ class TolerantSource:
                 tqdm.write(f"warning: {reason}; another example takes its place")
             count, total = len(self._known), self._total
         if count > self._max_bad * total:
-            listed = "mend them, or raise max_bad"
+            listed = "Mend them, or raise max_bad"
             if self._path:
                 listed = f"All are listed in {self._path}: mend them and remove that list, or "
                 listed += "raise max_bad"

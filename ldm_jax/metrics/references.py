@@ -18,6 +18,8 @@ from ldm_jax.metrics.frechet import FeatureStatistics
 from ldm_jax.metrics.image_archive import ImageArchive, open_images
 
 ABOUT = "about"  # an entry of our files: JSON of all that is no array
+# What that has of a reference.
+_SAID = ("count", "digest", "resize", "network", "resolution", "origin", "width", "made_of")
 _ROWS = 1024  # features that are added to the statistics at a time
 
 
@@ -41,8 +43,10 @@ class Reference(NamedTuple):
         digest: that of the `Extractor`; '' if the file does not say.
         resize: its rule; '' if the file does not say.
         network: its name.
-        resolution: of the images, 0 if the file does not say.
+        resolution: height of the images, 0 if the file does not say.
         origin: what the images were, in words.
+        width: of the images; 0 if they are square.
+        made_of: digest of which images it is of, by `digest_of`; '' in files of others.
     """
 
     mean: np.ndarray
@@ -55,6 +59,13 @@ class Reference(NamedTuple):
     network: str
     resolution: int
     origin: str
+    width: int = 0
+    made_of: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images; zeros if the file does not say."""
+        return self.resolution, self.width or self.resolution
 
 
 def from_features(
@@ -64,6 +75,8 @@ def from_features(
     resolution: int,
     origin: str,
     keep: bool = False,
+    width: int = 0,
+    made_of: str = "",
 ) -> Reference:
     """Makes a reference of features.
 
@@ -71,9 +84,11 @@ def from_features(
         batches: as `Extractor.extract` gives them: 'pool' (B, D) and, for sFID, 'spatial'. Nothing
             of them is kept but running sums.
         extractor: that made them.
-        resolution: of the images.
+        resolution: height of the images.
         origin: what the images were, in words.
         keep: whether the features 'pool' are kept: 8 KiB an image for Inception's.
+        width: of the images; 0 if they are square.
+        made_of: digest of which images these are, see `digest_of`.
 
     Raises:
         UserError: fewer than two images, or features that are not finite or of another width.
@@ -106,11 +121,25 @@ def from_features(
         network=extractor.name,
         resolution=resolution,
         origin=origin,
+        width=width,
+        made_of=made_of,
     )
 
 
+def digest_of(about: Any) -> str:
+    """SHA-256, in hex, of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def fingerprint(reference: Reference) -> str:
-    """SHA-256, in hex, of a reference's statistics: equal for equal images and networks."""
+    """SHA-256, in hex, of which images a reference is of and of the network that made it.
+
+    Of a file that does not say which images it is of it is that of the statistics. These are no
+    part of it otherwise: sums of the same features in batches of another size differ in the last
+    digits. The same images in another folder may have another one.
+    """
+    if reference.made_of:
+        return digest_of({"images": reference.made_of, "network": reference.digest})
     found = hashlib.sha256()
     arrays = (reference.mean, reference.covariance, *(reference.spatial or ()))
     for array in arrays:
@@ -134,8 +163,7 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
         arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
     if reference.features is not None:
         arrays["features"] = np.asarray(reference.features, np.float32)
-    names = ("count", "digest", "resize", "network", "resolution", "origin")
-    about = {name: getattr(reference, name) for name in names}
+    about = {name: getattr(reference, name) for name in _SAID}
     arrays[ABOUT] = np.array(json.dumps(about))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -184,6 +212,8 @@ def load_reference(
         reference = _ours(path, entries)
     elif "mu" in entries:
         reference = _foreign(path, entries)
+        if images is not None:  # of the same size as those that the statistics are of
+            reference = reference._replace(resolution=images.shape[1], width=images.shape[2])
     elif images is not None:
         reference = _of_images(images, extractor, keep=features)
     else:
@@ -201,8 +231,7 @@ def load_reference(
                 "features: make it with these, or leave the metrics out"
             )
         reference = reference._replace(
-            features=_of_images(images, extractor, keep=True).features,
-            resolution=images.shape[1],
+            features=_of_images(images, extractor, keep=True).features
         )
     if spatial and reference.spatial is None:
         raise UserError(
@@ -257,6 +286,8 @@ def _ours(path: pathlib.Path, entries: Mapping[str, Any]) -> Reference:
             network=str(about["network"]),
             resolution=int(about["resolution"]),
             origin=str(about["origin"]),
+            width=int(about.get("width", 0)),
+            made_of=str(about.get("made_of", "")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: it does not say what it is of; make it again") from (
@@ -289,10 +320,22 @@ def _spatial(entries: Mapping[str, Any]) -> Statistics | None:
 
 
 def _of_images(images: ImageArchive, extractor: Extractor, keep: bool) -> Reference:
-    found = (extractor.extract(batch) for batch in images.batches())
-    return from_features(
-        found, extractor, resolution=images.shape[1], origin=images.path.name, keep=keep
+    seen = hashlib.sha256(str(images.shape).encode())
+
+    def features() -> Iterator[Features]:
+        for batch in images.batches():
+            seen.update(np.ascontiguousarray(batch))
+            yield extractor.extract(batch)
+
+    reference = from_features(
+        features(),
+        extractor,
+        resolution=images.shape[1],
+        origin=images.path.name,
+        keep=keep,
+        width=images.shape[2],
     )
+    return reference._replace(made_of=seen.hexdigest())
 
 
 def _check_network(

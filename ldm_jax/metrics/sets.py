@@ -84,7 +84,11 @@ NEIGHBOURS = {
 def measure(
     metrics: Sequence[str], found: Collected, references: Mapping[str, Reference]
 ) -> dict[str, dict[str, Any]]:
-    """Takes metrics of what was collected of samples: by name a 'value', and what its error is.
+    """Takes metrics of what was collected of samples.
+
+    Of each, by name: the 'value', what its error is, and 'features', the network and output that it
+    is of. Papers' values are of their network: the one of precision, recall, density and coverage
+    took VGG-16, and the ADM suite takes Inception for the first two.
 
     Args:
         metrics: some of `METRICS`.
@@ -121,7 +125,10 @@ def measure(
             if both not in pairs:
                 pairs[both] = function(reference.features, features, k)
             values[name] = {"value": pairs[both][place], "neighbours": k}
-    return values
+    return {
+        name: value | {"features": f"{METRICS[name].network}.{METRICS[name].output}"}
+        for name, value in values.items()
+    }
 
 
 def needed_of(names: Sequence[str]) -> dict[str, Needed]:

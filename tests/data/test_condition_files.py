@@ -1,5 +1,8 @@
 """Images and prompts that a user gives to sampling, and what holds for every file."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -145,8 +148,11 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch, reader):
 
 
 @pytest.mark.parametrize("reader", READERS[1:5], ids=lambda reader: reader[0].__name__)
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch, reader):
+def test_decompression_bombs_are_refused(tmp_path, reader):
     function, *rest = reader
     path = write(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    refuses(r"a\.png .*decompression bomb", function, path, *rest)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 20_000, 20_000)  # its header's width and height
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+    refuses(r"a\.png .*((at most|more than) 100000000|decompression bomb)", function, path, *rest)

@@ -56,6 +56,8 @@ def test_signals_stop_the_trainer_and_the_loop(stubs: Stubs, number: signal.Sign
         ["bash", LAUNCH / "gpus.sh", *RUN, "--pause=0"],
         cwd=LAUNCH.parent,
         env=stubs.environment(),
+        # A shell cannot listen to what was ignored before it, as it is in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as launcher:
         wait_for(stubs.folder / "ready")
         launcher.send_signal(number)

@@ -1,5 +1,7 @@
 """Precision, recall, density and coverage against sets that can be counted by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,16 @@ def test_copies_are_at_distance_zero():
 def test_far_sets_do_not_overlap():
     assert precision_recall(REAL, FAKE + 100, k=1) == (0, 0)
     assert density_coverage(REAL, FAKE + 100, k=1) == (0, 0)
+
+
+def test_a_set_is_copied_once():
+    """Two sets of float32 and their copies: what `bytes_needed` foresees."""
+    real, fake = (np.ones((20_000, 200), np.float32) for _ in range(2))
+    tracemalloc.start()
+    manifold._prepare(real, fake, 3)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1.1 * (real.nbytes + fake.nbytes)
 
 
 @pytest.mark.parametrize(

@@ -60,12 +60,20 @@ def test_statistics_of_features():
     assert (reference.count, reference.resolution, reference.network) == (21, 6, "inception")
     assert (reference.digest, reference.resize) == ("a" * 64, "tensorflow")
     assert make(keep=False).features is None
+    # What is said of the images counts, and sums of other batches are the same reference.
+    parts = [
+        from_features(features(size), EXTRACTOR, resolution=6, origin="", made_of="ab")
+        for size in (8, 21)
+    ]
+    assert fingerprint(parts[0]) == fingerprint(parts[1]._replace(mean=parts[1].mean + 1e-9))
+    assert fingerprint(parts[0]) != fingerprint(parts[0]._replace(made_of="cd"))
+    assert fingerprint(parts[0]) != fingerprint(parts[0]._replace(digest="b" * 64))
     assert fingerprint(reference) == fingerprint(make(keep=False))
     assert fingerprint(reference) != fingerprint(reference._replace(spatial=None))
 
 
 def test_written_and_read(tmp_path):
-    path, reference = tmp_path / "new" / "reference.npz", make()
+    path, reference = tmp_path / "new" / "reference.npz", make()._replace(width=9, made_of="ab")
     save_reference(path, reference)
     found = load_reference(path, EXTRACTOR, features=True, spatial=True)
     jax.tree.map(np.testing.assert_array_equal, found, reference)
@@ -111,6 +119,7 @@ def test_file_of_the_adm_suite(tmp_path):
     check_statistics(found)  # of all images, not of the few that lie beside them
     np.testing.assert_allclose(found.features, IMAGES[:9].mean((1, 2)), rtol=1e-6)
     assert (found.count, found.digest, found.resize) == (0, "", "tensorflow")
+    assert found.size == (6, 6) and found.made_of == ""
     assert load_reference(path, EXTRACTOR).features is None  # not extracted in vain
     with pytest.raises(UserError, match=r"resize rule 'tensorflow', but.*with 'pytorch'"):
         load_reference(path, EXTRACTOR._replace(resize="pytorch"))
@@ -134,7 +143,11 @@ def test_file_of_images(tmp_path, save):
     save(path, IMAGES, np.arange(len(IMAGES)))  # with labels, as the ADM suite's samples
     found = load_reference(path, EXTRACTOR, features=True)
     check_statistics(found)
-    assert (found.count, found.digest, found.resolution) == (21, "a" * 64, 6)
+    assert (found.count, found.digest, found.size) == (21, "a" * 64, (6, 6))
+    other = tmp_path / "other.npz"
+    save(other, IMAGES[::-1])
+    digests = [fingerprint(load_reference(name, EXTRACTOR)) for name in (path, other, path)]
+    assert digests[0] == digests[2] != digests[1]
     assert len(found.features) == 21
 
 

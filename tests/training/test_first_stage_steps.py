@@ -222,6 +222,7 @@ def test_fsq_trains():
     assert "codebook" not in state.stats
 
 
+@pytest.mark.slow
 def test_resumed_with_every_option_ends_with_the_same_bits(tmp_path):
     config = toy("vq", start=0, ema_decay=0.9, learn_log_variance=True)
     config.first_stage.discriminator.update(lecam=0.1, warmup=1, ramp=2)

@@ -95,8 +95,15 @@ def one_device(kind):
     return train(kind, mesh_of(data=1))
 
 
-MESHES = [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
-MORE = [{"data": 2}, {"data": 4}, {"data": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "tensor": 2}]
+MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}]
+MORE = [
+    {"data": 4, "fsdp": 2},
+    {"data": 2},
+    {"data": 4},
+    {"data": 8},
+    {"data": 2, "fsdp": 4},
+    {"data": 4, "tensor": 2},
+]
 CASES = [("dit", sizes) for sizes in MESHES]
 CASES += [
     pytest.param(kind, sizes, marks=pytest.mark.slow)
