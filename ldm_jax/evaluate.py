@@ -28,7 +28,8 @@ With --of=samples, or --metrics of these, it samples the model on all devices, o
 and compares them with real images: fid, fid_infinity, sfid, kid, is, precision, recall, density,
 coverage and fd_dino. Real images are those of training, cropped and resized alike, or --reference.
 The same command goes on where it was cut off. It writes the section `samples` of metrics.json, a
-line in the workdir's README.md, samples.png and reference.png. docs/evaluation.md says more.
+line in the workdir's README.md, samples.png and reference.png; of --samples the section and the
+picture are `foreign_samples`. docs/evaluation.md says more.
 
 With --of=memorisation it looks for the training image that is nearest to each sample, in pixels, by
 LPIPS and by Inception, and says which share is nearer than all but 5 % of held-out images are. It

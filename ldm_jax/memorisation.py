@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ldm_jax import images, memory
 from ldm_jax import workdir as files
 from ldm_jax.condition_figures import condition_inputs
+from ldm_jax.data.bad import TolerantSource
 from ldm_jax.data.pipeline import epoch_batches
 from ldm_jax.data.sources import Source
 from ldm_jax.errors import UserError
@@ -111,7 +112,7 @@ def evaluate_memorisation(
     config = pipe.config
     held = _held_out(config, workdir, request, pipe.label_names)
     samples, made = _samples(pipe, held, request)
-    source = open_data(config, workdir)
+    source = TolerantSource(open_data(config, workdir), config.data.max_bad, None)
     spaces, notes = _networks(config, pipe.mesh)
     digests = {name: network.digest for name, network in spaces.items() if network is not None}
     for line in notes:

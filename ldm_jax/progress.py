@@ -35,6 +35,7 @@ from ldm_jax.metrics.features import Extractor, Features
 from ldm_jax.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_jax.metrics.references import (
     Reference,
+    digest_of,
     fingerprint,
     from_features,
     load_reference,
@@ -155,6 +156,7 @@ class SamplesFID:
             self.extractor,
             resolution=self._config.data.resolution,
             origin=origin,
+            made_of=digest_of(origin),
         )
         save_reference(path, made)
         return made

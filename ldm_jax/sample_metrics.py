@@ -193,9 +193,7 @@ def _check(workdir: pathlib.Path | None, request: Request) -> None:
     if request.samples:
         refuse(request, (*MADE_HERE, "labels"), "is of samples that are made here")
     elif count == 0:
-        refuse(
-            request, (*MADE_HERE, "labels"), "is of samples: --num_samples=0 makes none"
-        )
+        refuse(request, (*MADE_HERE, "labels"), "is of samples: --num_samples=0 makes none")
     if "dino" not in {METRICS[name].network for name in request.metrics}:
         refuse(request, ("dino",), "is of fd_dino, which is not among the --metrics")
     if not referred:

@@ -322,13 +322,13 @@ def test_references_that_do_not_fit_are_refused_unless_forced(archives, tmp_path
     entries = dict(np.load(given["reference"]))
     about = json.loads(str(entries["about"])) | {"resolution": 16}
     np.savez(tmp_path / "large.npz", **(entries | {"about": np.array(json.dumps(about))}))
-    with pytest.raises(UserError, match="of images of 16x16 .*, but the samples have 8x8"):
+    with pytest.raises(UserError, match=r"of images of 16x8 .*, but the samples have 8x8"):
         large = str(tmp_path / "large.npz")
         evaluate_samples(None, tmp_path, request._replace(reference=large))
     about |= {"resolution": 8, "width": 16}
     np.savez(tmp_path / "wide.npz", **(entries | {"about": np.array(json.dumps(about))}))
     wide = request._replace(reference=str(tmp_path / "wide.npz"))
-    with pytest.raises(UserError, match="of images of 8x16 .*, but the samples have 8x8"):
+    with pytest.raises(UserError, match=r"of images of 8x16 .*, but the samples have 8x8"):
         evaluate_samples(None, tmp_path, wide)
     forced = evaluate_samples(None, tmp_path, wide._replace(force=True))
     assert "forced: the reference is of images of 8x16, the samples of 8x8" in forced["notes"]

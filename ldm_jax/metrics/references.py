@@ -230,9 +230,7 @@ def load_reference(
                 f"{path} has statistics only, but KID and the nearest-neighbour metrics need "
                 "features: make it with these, or leave the metrics out"
             )
-        reference = reference._replace(
-            features=_of_images(images, extractor, keep=True).features
-        )
+        reference = reference._replace(features=_of_images(images, extractor, keep=True).features)
     if spatial and reference.spatial is None:
         raise UserError(
             f"{path} has no statistics of spatial features (mu_s, sigma_s), which sFID needs: make "

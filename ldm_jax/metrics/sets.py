@@ -87,8 +87,8 @@ def measure(
     """Takes metrics of what was collected of samples.
 
     Of each, by name: the 'value', what its error is, and 'features', the network and output that it
-    is of. Papers' values are of their network: the one of precision, recall, density and coverage
-    took VGG-16, and the ADM suite takes Inception for the first two.
+    is of. Published values are of a network too: those of precision, recall, density and coverage
+    in their papers are of VGG-16, those of the first two in the ADM suite's tables of Inception.
 
     Args:
         metrics: some of `METRICS`.
