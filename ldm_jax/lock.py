@@ -26,6 +26,7 @@ from ldm_jax.errors import UserError
 NAME = "writer.lock"
 BEAT = 10.0  # seconds between two touches
 STALE = 180.0  # without one, after which a file of another host counts for nothing
+_CLEARING = 30.0  # seconds after which one that clears a stale file is taken for dead
 _WRITING = 1.0  # seconds that a file may be empty, as it is being written
 _EXIT_USER_ERROR = 1
 
@@ -138,20 +139,31 @@ def _clear(path: pathlib.Path) -> None:
             f"{path.parent} is in use: {_who(_read(path))} writes there, and was alive {age:.0f} "
             "seconds ago: wait for its end, stop it, or choose another --workdir"
         )
-    # Moved first, so that of two that find it stale only one takes it away: a file of the other
-    # one, made in between, goes back to its place.
-    moved = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        os.rename(path, moved)
-    except FileNotFoundError:
-        return
-    if _read(moved) != record:
-        with contextlib.suppress(FileExistsError):  # made by a third one meanwhile
-            os.link(moved, path)
-        moved.unlink()
-        return
-    moved.unlink()
+    with _alone(path.with_name(f"{path.name}.clearing")) as alone:
+        if not alone:
+            time.sleep(_WRITING / 10)
+            return
+        # Another one may have cleared it, and taken its place, since it was read.
+        if _read(path) != record:
+            return
+        path.unlink(missing_ok=True)
     print(f"taking over {path.parent}: {_who(record)} has ended without leaving it", flush=True)
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[bool]:
+    """Whether no other process is within, which takes moments; one may have died there."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        if (_age(path) or 0.0) > _CLEARING:
+            path.unlink(missing_ok=True)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _who(record: dict[str, Any]) -> str:
