@@ -199,9 +199,14 @@ def main() -> None:
 
 def _kind() -> str:
     """What is evaluated, by --of or the metrics alone."""
+    from ldm_jax.config import METRICS
+
     given = set(_METRICS.value or ())
     if _OF.value is None:
         other = sorted(given - set(SAMPLE_METRICS))
+        known = (*SAMPLE_METRICS, *METRICS)
+        if unknown := [name for name in other if name not in known]:
+            raise UserError(f"unknown metric '{unknown[0]}': choose from {', '.join(known)}")
         if given and other and len(other) < len(given):
             raise UserError(
                 f"--metrics={','.join(_METRICS.value)}: {', '.join(other)} and the others are of "

@@ -1,5 +1,6 @@
 """The command that lists, verifies and prunes what a run has stored."""
 
+import pathlib
 import sys
 
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_list_and_verify(command, workdir, capsys):
+def test_list_and_verify(command, workdir, capsys, monkeypatch):
     assert command.list_stored(workdir) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"diffusion: {workdir / 'checkpoints'}"
@@ -43,6 +44,9 @@ def test_list_and_verify(command, workdir, capsys):
     assert "diffusion, step 2: good (0.000 GB in " in out and " GB/s)" in out
     assert "diffusion, step 3: DAMAGED" in out and "params.denoiser cannot be read" in out
     assert "first_stage/weights.safetensors: good" in out and out.endswith("1 damaged\n")
+    monkeypatch.chdir(workdir)  # a relative path, as most people write it
+    assert command.verify(pathlib.Path()) == 1
+    assert "diffusion, step 2: good (0.000 GB in " in capsys.readouterr().out
     path = workdir / "first_stage" / "weights.safetensors"
     data = bytearray(path.read_bytes())
     data[-2] ^= 1

@@ -119,7 +119,8 @@ def read(directory: pathlib.Path, step: int, items: Mapping[str, Any]) -> dict[s
             # Unlike a whole checkpoint's, an item's reader waits for no other host.
             with _reading(name), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
                 restore = ocp.args.StandardRestore(tree)
-                found[name] = handler.restore(directory / str(step) / name, args=restore)
+                folder = directory.absolute() / str(step) / name  # orbax takes no other
+                found[name] = handler.restore(folder, args=restore)
     for line in _differences(index, found):
         raise Damaged(line)
     return dict(items) | found
@@ -190,7 +191,7 @@ def verify(directory: pathlib.Path, step: int) -> tuple[int, list[str]]:
     for item in _items(index):
         try:
             with _reading(item), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-                folder = directory / str(step) / item
+                folder = directory.absolute() / str(step) / item
                 plain = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)  # noqa: E731
                 restore = jax.tree.map(plain, handler.metadata(folder).tree)
                 arrays = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=restore))
