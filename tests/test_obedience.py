@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from commands import command
 from PIL import Image
+from toy_models import save_untrained
 
 from ldm_jax import condition_judges as judging
 from ldm_jax import condition_sheet, judges, tensors
@@ -27,7 +28,6 @@ from ldm_jax.metrics.features import Extractor
 from ldm_jax.obedience import Request, evaluate_conditions
 from ldm_jax.perceptual import load_perceptual
 from ldm_jax.records import write_record
-from ldm_jax.training.steps import diffusion_functions
 from ldm_jax.weights import FILES
 
 
@@ -69,14 +69,7 @@ def toy(*conditioners, **changes):
 
 
 def save(root, config):
-    """A workdir of a model that nobody trained."""
-    random = np.random.RandomState(0)
-    small = lambda x: (0.1 * random.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    shapes = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
-    weights = jax.tree.map(small, shapes)
-    weights["first_stage"] = jax.tree.map(small, files.abstract_first_stage(config))
-    files.save_model(root, config, weights, label_names=("a", "b", "c", "d", "e", "f"))
-    return root
+    return save_untrained(root, config, label_names=tuple("abcdef"))
 
 
 # -- the whole ----------------------------------------------------------------------------------

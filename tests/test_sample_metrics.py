@@ -11,6 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 from hosts import finish, start
 from PIL import Image
+from toy_models import save_untrained
 
 from ldm_jax import config as config_lib
 from ldm_jax import evaluation_tables, extractors, image_features, image_origins, records
@@ -25,7 +26,6 @@ from ldm_jax.metrics.frechet import FeatureStatistics, frechet_distance
 from ldm_jax.metrics.sets import METRICS
 from ldm_jax.sample_metrics import Request, evaluate_samples
 from ldm_jax.training.sharding import make_mesh
-from ldm_jax.training.steps import diffusion_functions
 
 TESTS = pathlib.Path(__file__).parent
 NOISE = np.random.RandomState(0)
@@ -52,18 +52,7 @@ def toy(*conditioners, **changes):
 
 
 def save(root, config):
-    """A workdir of a model that nobody trained."""
-    random = np.random.RandomState(0)
-    small = lambda x: (0.1 * random.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
-    shapes = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
-    weights = jax.tree.map(small, shapes)
-    weights["first_stage"] = jax.tree.map(small, files.abstract_first_stage(config))
-    weights["first_stage"]["latents"] = {
-        "shift": np.zeros(3, np.float32),
-        "scale": np.ones(3, np.float32),
-    }
-    files.save_model(root, config, weights, step=7)
-    return root
+    return save_untrained(root, config, unscaled=True, step=7)
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,22 @@ def model(*conditioners, **changes):
     return Pipeline(config, variables, 0, ["animal", "bus", "cat"])
 
 
+def save_untrained(root, config, unscaled=False, **about):
+    """A workdir of a model with small random weights; `about` is for `files.save_model`."""
+    random = np.random.RandomState(0)
+    small = lambda x: (0.1 * random.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+    shapes = jax.eval_shape(diffusion_functions(config)[0], jax.random.key(0)).params
+    weights = jax.tree.map(small, shapes)
+    weights["first_stage"] = jax.tree.map(small, files.abstract_first_stage(config))
+    if unscaled:
+        weights["first_stage"]["latents"] = {
+            "shift": np.zeros(3, np.float32),
+            "scale": np.ones(3, np.float32),
+        }
+    files.save_model(root, config, weights, **about)
+    return root
+
+
 def read(pipe, count=2, **given):
     with flagsaver.flagsaver(**given):
         return sample_inputs.read_inputs(pipe, count)

@@ -1,4 +1,6 @@
-"""Images in an .npz file, as the ADM suite keeps samples: read piece by piece."""
+"""Archives (.npz): written all or nothing; images in them, as the ADM suite keeps samples, read
+piece by piece.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import os
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -81,3 +83,14 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
+
+
+def write_archive(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays to a file, all or nothing; raises OSError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import numpy as np
 from ldm_jax.errors import UserError
 from ldm_jax.metrics.features import Extractor, Features
 from ldm_jax.metrics.frechet import FeatureStatistics
-from ldm_jax.metrics.image_archive import ImageArchive, open_images
+from ldm_jax.metrics.image_archive import ImageArchive, open_images, write_archive
 
 ABOUT = "about"  # an entry of our files: JSON of all that is no array
 # What that has of a reference.
@@ -165,15 +165,9 @@ def save_reference(path: str | os.PathLike[str], reference: Reference) -> None:
         arrays["features"] = np.asarray(reference.features, np.float32)
     about = {name: getattr(reference, name) for name in _SAID}
     arrays[ABOUT] = np.array(json.dumps(about))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_archive(path, arrays)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error})") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from ldm_jax.errors import UserError
 from ldm_jax.metrics.features import Features
 from ldm_jax.metrics.frechet import FeatureStatistics
+from ldm_jax.metrics.image_archive import write_archive
 from ldm_jax.metrics.references import Statistics
 
 STATISTICS = "statistics.npz"
@@ -160,7 +160,7 @@ class FeatureStore:
             if any(fresh.values()):
                 path = self._folder / f"features_{self.done:09d}.npz"
                 empty = {n: np.zeros((0, self.kinds.widths[n]), np.float32) for n in fresh}
-                _write(path, {n: np.concatenate([empty[n], *fresh[n]]) for n in fresh})
+                write_archive(path, {n: np.concatenate([empty[n], *fresh[n]]) for n in fresh})
                 self._parts.append(path)
             arrays: dict[str, np.ndarray] = {}
             for name, running in self._running.items():
@@ -168,7 +168,9 @@ class FeatureStore:
                 arrays[f"{name}.mean"], arrays[f"{name}.products"] = running.mean, running.products
             about = {"images": self._about, "done": self.done, **self.kinds._asdict()}
             about["parts"] = [path.name for path in self._parts]
-            _write(self._folder / STATISTICS, arrays | {"about": np.array(json.dumps(about))})
+            write_archive(
+                self._folder / STATISTICS, arrays | {"about": np.array(json.dumps(about))}
+            )
         except OSError as error:
             raise _unwritable(self._folder, error) from error
         self._saved = {name: len(arrays) for name, arrays in self._kept.items()}
@@ -244,16 +246,6 @@ def shared_kinds(outputs: Mapping[str, int], summed: Sequence[str], kept: Sequen
 
 def _first(features: Features) -> np.ndarray:
     return next(iter(features.values()))
-
-
-def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:

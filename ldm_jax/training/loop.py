@@ -121,16 +121,16 @@ def _train(
                 if alarms:
                     scalars["alarms"] = alarms.check(step, scalars)
                 writer.write(step, scalars)
-            with watchdog.phase("save"), _breaking(step):
-                if stage.keeps(step):
-                    # Before the checkpoint, after which nobody would come back to write it.
+            if stage.keeps(step):
+                # Before the checkpoint, after which nobody would come back to write it.
+                with _storing(step):
                     stage.snapshot(state, step)
-                if saved:
+            if saved:
+                with _storing(step):
                     watch.store(step)
                     checkpoints.save(state)
             if stop:
-                with watchdog.phase("save"):
-                    checkpoints.wait()
+                checkpoints.wait()
                 raise Interrupted(
                     f"saved {stage.name} at step {step} of {block.steps}; "
                     "the same command goes on from here"
@@ -153,10 +153,11 @@ def _train(
 
 
 @contextlib.contextmanager
-def _breaking(step: int) -> Iterator[None]:
+def _storing(step: int) -> Iterator[None]:
     """Takes a state that cannot be stored, as it is not finite, for a broken training."""
     try:
-        yield
+        with watchdog.phase("save"):
+            yield
     except Diverged as error:
         raise Broken(str(error), step, step) from error
 
